@@ -1,0 +1,4 @@
+PYTHON ?= .venv/bin/python
+
+build:
+	python setup.py build_ext --inplace

@@ -1,0 +1,1 @@
+# The aggregate family's part of the border.

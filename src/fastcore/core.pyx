@@ -1,0 +1,217 @@
+"""The border between Python and fastcore: buffer to pointer, GIL off, call, check. No loops over data, no policy.
+
+Every array argument is checked here for dtype, shape, contiguity and writability, so that C may trust them. Functions that take
+a `Program` append a step to it and keep the arrays alive; the others run at once on `threads` threads.
+"""
+from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_FORMAT, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memset
+
+
+cdef extern from "fastcore.h" nogil:
+    ctypedef enum fc_status:
+        FC_OK
+        FC_BAD_ARGUMENT
+        FC_NO_MEMORY
+        FC_STALE
+    ctypedef struct fc_slot_info:
+        const char *name
+        const char *variant
+        const char *best
+        const char *reason
+    ctypedef struct fc_program:
+        pass
+    ctypedef void fc_step_fn(const void *args, int rank, int size) noexcept nogil
+    fc_status fc_set_isa(const char *cap)
+    unsigned fc_generation()
+    int fc_slot_count()
+    fc_slot_info fc_slot(int index)
+    fc_program *fc_program_new()
+    void fc_program_free(fc_program *program)
+    fc_status fc_program_add(fc_program *program, fc_step_fn *run, const void *args, size_t size)
+    int64_t fc_program_length(const fc_program *program)
+    fc_status fc_program_run(const fc_program *program, int threads)
+    fc_status fc_run_step(fc_step_fn *run, const void *args, int threads)
+    int fc_has_threads()
+
+cdef extern from "weight.h" nogil:
+    ctypedef enum fc_weight_kind:
+        FC_DENSE_F32
+        FC_DENSE_S8
+        FC_BLOCKS_F32
+        FC_BLOCKS_S8
+    ctypedef struct fc_weight:
+        fc_weight_kind kind
+        int64_t n, k
+        const void *values
+        const float *scale
+        const int32_t *row_offsets
+        const int32_t *index
+        int32_t block_rows, block_cols
+
+cdef extern from "nn/activation.h" nogil:
+    ctypedef enum fc_activation:
+        FC_IDENTITY
+        FC_RELU
+        FC_GELU
+        FC_GELU_TANH
+        FC_TANH
+        FC_SIGMOID
+        FC_SILU
+
+ACTIVATIONS = {
+    None: FC_IDENTITY, "relu": FC_RELU, "gelu": FC_GELU, "gelu_tanh": FC_GELU_TANH, "tanh": FC_TANH, "sigmoid": FC_SIGMOID,
+    "silu": FC_SILU,
+}
+
+
+cdef int check(fc_status status) except -1:
+    if status == FC_OK:
+        return 0
+    if status == FC_NO_MEMORY:
+        raise MemoryError("fastcore could not allocate memory")
+    if status == FC_STALE:
+        raise RuntimeError("the program was bound under another instruction set; build the Session again after set_isa()")
+    raise ValueError("fastcore refused an argument")
+
+
+cdef void *pointer(object array, str name, str kind, tuple shape, bint writable=False) except? NULL:
+    """Return the address of a C-contiguous buffer after checking its item kind (struct format) and shape.
+
+    `kind` is one of f d b B h H i I q Q; None in `shape` admits any length. None for `array` gives NULL.
+    """
+    cdef Py_buffer view
+    cdef int i
+    cdef void *address
+    if array is None:
+        return NULL
+    PyObject_GetBuffer(array, &view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (PyBUF_WRITABLE if writable else 0))
+    try:
+        address = view.buf
+        found = view.format.decode() if view.format != NULL else "B"
+        if found == "l" and sizeof(long) == 8:
+            found = "q"
+        elif found == "L" and sizeof(long) == 8:
+            found = "Q"
+        if found != kind:
+            raise TypeError(f"{name}: expected items of kind {kind!r}, got {found!r}")
+        extents = tuple([view.shape[i] for i in range(view.ndim)])
+        if len(extents) != len(shape) or any([want is not None and want != have for want, have in zip(shape, extents)]):
+            raise ValueError(f"{name}: expected shape {shape}, got {extents}")
+    finally:
+        PyBuffer_Release(&view)
+    return address
+
+
+cdef class Program:
+    """An array of bound steps that one team of threads runs without Python."""
+    cdef fc_program *handle
+    cdef list held
+
+    def __cinit__(self):
+        self.handle = fc_program_new()
+        self.held = []
+        if self.handle == NULL:
+            raise MemoryError("fastcore could not allocate a program")
+
+    def __dealloc__(self):
+        fc_program_free(self.handle)
+
+    def __len__(self):
+        return fc_program_length(self.handle)
+
+    cdef int add(self, fc_step_fn *run, const void *args, size_t size, tuple arrays) except -1:
+        """Append a step; `arrays` are what its pointers point into."""
+        check(fc_program_add(self.handle, run, args, size))
+        self.held.append(arrays)
+        return 0
+
+    def run(self, int threads=1):
+        """Run every step on at most `threads` threads, without the GIL."""
+        cdef fc_status status
+        with nogil:
+            status = fc_program_run(self.handle, threads)
+        check(status)
+
+
+cdef int run_now(fc_step_fn *run, const void *args, int threads) except -1:
+    cdef fc_status status
+    with nogil:
+        status = fc_run_step(run, args, threads)
+    return check(status)
+
+
+cdef class Weight:
+    """A canonical [n, k] weight in memory that the caller owns: dense or blocks, float32 or int8 with a scale per row."""
+    cdef fc_weight view
+    cdef tuple held
+    cdef readonly tuple shape
+
+    def __init__(self, values, tuple shape, scale=None, row_offsets=None, index=None):
+        cdef int64_t n, k, groups, blocks
+        memset(&self.view, 0, sizeof(self.view))
+        n, k = shape
+        kind = "f" if scale is None else "b"
+        self.shape = (n, k)
+        self.held = (values, scale, row_offsets, index)
+        self.view.n, self.view.k = n, k
+        self.view.scale = <const float *>pointer(scale, "scale", "f", (n,))
+        if row_offsets is None:
+            self.view.kind = FC_DENSE_F32 if scale is None else FC_DENSE_S8
+            self.view.values = pointer(values, "values", kind, (n, k))
+            return
+        self.view.kind = FC_BLOCKS_F32 if scale is None else FC_BLOCKS_S8
+        blocks, self.view.block_rows, self.view.block_cols = values.shape
+        if self.view.block_rows < 1 or self.view.block_cols < 1 or n % self.view.block_rows or k % self.view.block_cols:
+            raise ValueError(f"blocks of {values.shape[1:]} do not tile a weight of shape {shape}")
+        groups = n // self.view.block_rows
+        self.view.values = pointer(values, "values", kind, (None, None, None))
+        self.view.row_offsets = <const int32_t *>pointer(row_offsets, "row_offsets", "i", (groups + 1,))
+        self.view.index = <const int32_t *>pointer(index, "index", "i", (blocks,))
+        check_blocks(&self.view, blocks)
+
+
+cdef extern from "sparse/sparse.h" nogil:
+    fc_status fc_blocks_validate(const fc_weight *weight, int64_t blocks)
+
+
+cdef int check_blocks(const fc_weight *weight, int64_t blocks) except -1:
+    if fc_blocks_validate(weight, blocks) != FC_OK:
+        raise ValueError("row_offsets must rise from 0 to the number of blocks, and index must rise within each row below k")
+    return 0
+
+
+def set_isa(str cap=None):
+    """Rebuild the kernel table with instruction sets up to `cap`: "scalar", "avx2", "avx512", or None for all."""
+    cdef bytes name = b"" if cap is None else cap.encode()
+    if fc_set_isa(name) != FC_OK:
+        raise ValueError(f"unknown instruction set {cap!r}; choose scalar, avx2 or avx512")
+
+
+def isa_generation():
+    """Count the calls of set_isa; packed weights and programs are valid within one generation."""
+    return fc_generation()
+
+
+def slots():
+    """Return {slot: (variant, best variant written, reason why best is not used)}."""
+    cdef fc_slot_info info
+    table = {}
+    for i in range(fc_slot_count()):
+        info = fc_slot(i)
+        table[info.name.decode()] = (info.variant.decode(), info.best.decode(), info.reason.decode())
+    return table
+
+
+def has_threads():
+    """Return whether the extension was built with OpenMP."""
+    return bool(fc_has_threads())
+
+
+include "aggregate/aggregate.pxi"
+include "dense/dense.pxi"
+include "nn/nn.pxi"
+include "quant/quant.pxi"
+include "sparse/sparse.pxi"
+
+set_isa(None)

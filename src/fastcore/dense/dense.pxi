@@ -1,0 +1,1 @@
+# The dense family's part of the border.

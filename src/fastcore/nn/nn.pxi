@@ -1,0 +1,1 @@
+# The nn family's part of the border.

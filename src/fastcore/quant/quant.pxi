@@ -1,0 +1,1 @@
+# The quant family's part of the border.

@@ -1,0 +1,3 @@
+#include "../fastcore.h"
+
+void fc_sparse_install_scalar(fc_table *table) { (void)table; }

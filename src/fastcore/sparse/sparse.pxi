@@ -1,0 +1,1 @@
+# The sparse family's part of the border.
