@@ -1,0 +1,182 @@
+"""The compiled border: kernels, programs, and which instruction set serves what.
+
+Shapes are checked, layouts are not converted. "rows" is a float32 [M, N] array; "lanes" is the same matrix stored [N, M], so
+that the M rows lie side by side in vector lanes. Functions whose first argument is a `Program` append a step; the others run at once.
+`activation` is one of None, "relu", "gelu", "gelu_tanh", "tanh", "sigmoid", "silu". Results never depend on `threads`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+ACTIVATIONS: dict[str | None, int]
+
+class Program:
+    def __len__(self) -> int: ...
+    def run(self, threads: int = 1) -> None: ...
+
+class Weight:
+    shape: tuple[int, int]
+    def __init__(
+        self,
+        values: Array,
+        shape: tuple[int, int],
+        scale: Array | None = None,
+        row_offsets: Array | None = None,
+        index: Array | None = None,
+    ) -> None: ...
+
+def set_isa(cap: str | None = None) -> None: ...
+def isa_generation() -> int: ...
+def slots() -> dict[str, tuple[str, str, str]]: ...
+def has_threads() -> bool: ...
+
+# ---- aggregate: flat float32 vectors ----
+
+def weighted_sum(inputs: Sequence[Array], weights: Sequence[float], out: Array, threads: int = 1) -> tuple[float, bool]:
+    """out = sum of weights[i] * inputs[i] in the fixed binary tree; returns (sum of squares of out in float64, all finite)."""
+
+def sum_of_squares(x: Array, threads: int = 1) -> tuple[float, bool]: ...
+def sgd_step(params: Array, grads: Array, learning_rate: float, weight_decay: float, clip: float, threads: int = 1) -> None:
+    """g = clip * grads + weight_decay * params; params -= learning_rate * g. `clip` is the factor that the global norm gave."""
+
+def momentum_step(
+    params: Array, grads: Array, velocity: Array, learning_rate: float, momentum: float, dampening: float, nesterov: bool,
+    weight_decay: float, clip: float, threads: int = 1,
+) -> None: ...
+def adam_step(
+    params: Array, grads: Array, first: Array, second: Array, learning_rate: float, beta1: float, beta2: float, epsilon: float,
+    weight_decay: float, decoupled: bool, step: int, clip: float, threads: int = 1,
+) -> None:
+    """Adam (decoupled=False: decay added to the gradient) or AdamW (decoupled=True); `step` counts from 1, as torch does."""
+
+# ---- dense: float32 matrix products ----
+
+class PackedDense:
+    """A constant [n, k] float32 weight in the tile layout of this ISA."""
+
+    shape: tuple[int, int]
+    nbytes: int
+
+def pack_dense(weight: Weight, threads: int = 1) -> PackedDense: ...
+def linear_scratch(m: int, n: int, k: int, threads: int) -> int:
+    """Bytes of scratch that any of the three dense products of these sizes needs."""
+
+def linear(
+    program: Program, x: Array, weight: PackedDense | Weight, out: Array, bias: Array | None, activation: str | None,
+    residual: Array | None, scratch: Array,
+) -> None:
+    """out[M,N] = activation(x[M,K] @ weight[N,K].T + bias[N]) + residual[M,N]; a Weight is read in place at every run."""
+
+def linear_grad_input(program: Program, dy: Array, weight: Weight, dx: Array, scratch: Array) -> None:
+    """dx[M,K] = dy[M,N] @ weight[N,K]; blocks and int8 are expanded tile by tile."""
+
+def linear_grad_weight(program: Program, dy: Array, x: Array, weight: Weight, grad: Array, scratch: Array) -> None:
+    """dW = dy[M,N].T @ x[M,K], stored as `weight` stores its trainable part.
+
+    Dense float32: grad[N,K]. Blocks float32: grad[blocks,r,c], the packed positions only. int8 of either: grad[N], the gradient
+    of the scales, sum over k of dW[n,k] * codes[n,k].
+    """
+
+# ---- nn: elementwise, normalisation, losses (float32 rows) ----
+
+def activate(program: Program, kind: str, x: Array, out: Array) -> None: ...
+def activate_grad(program: Program, kind: str, dy: Array, x: Array, dx: Array) -> None:
+    """dx = dy * activation'(x), from the activation's input x."""
+
+def add(program: Program, a: Array, b: Array, out: Array) -> None: ...
+def multiply(program: Program, a: Array, b: Array, out: Array) -> None: ...
+def scale(program: Program, x: Array, factor: float, out: Array) -> None: ...
+def column_sum(program: Program, x: Array, out: Array) -> None:
+    """out[N] = sum over M of x[M,N], in a fixed order."""
+
+def layer_norm(program: Program, x: Array, gamma: Array | None, beta: Array | None, epsilon: float, out: Array) -> None: ...
+def layer_norm_grad(
+    program: Program, dy: Array, x: Array, gamma: Array | None, epsilon: float, dx: Array, dgamma: Array | None,
+    dbeta: Array | None,
+) -> None: ...
+def softmax(program: Program, x: Array, out: Array) -> None: ...
+def softmax_grad(program: Program, dy: Array, y: Array, dx: Array) -> None: ...
+def cross_entropy(program: Program, logits: Array, labels: Array, loss: Array) -> None:
+    """loss[()] = mean over M of -log softmax(logits)[label]; labels int64 [M]; a label outside [0, C) makes the loss NaN."""
+
+def cross_entropy_grad(program: Program, dloss: Array, logits: Array, labels: Array, dlogits: Array) -> None: ...
+def mean_squared_error(program: Program, x: Array, target: Array, loss: Array) -> None: ...
+def mean_squared_error_grad(program: Program, dloss: Array, x: Array, target: Array, dx: Array) -> None: ...
+def distillation(
+    program: Program, logits: Array, teacher: Array, labels: Array, temperature: float, alpha: float, loss: Array
+) -> None:
+    """loss = alpha T^2 mean KL(softmax(teacher/T) || softmax(logits/T)) + (1 - alpha) mean cross entropy (Hinton et al. 2015)."""
+
+def distillation_grad(
+    program: Program, dloss: Array, logits: Array, teacher: Array, labels: Array, temperature: float, alpha: float,
+    dlogits: Array,
+) -> None: ...
+def transpose(program: Program, x: Array, out: Array) -> None:
+    """Convert rows [M,N] to lanes [N,M], or back."""
+
+# ---- quant: symmetric int8 in [-127, 127] ----
+
+def quantize_weight(weight: Array, codes: Array, scale: Array, threads: int = 1) -> None:
+    """Per output channel: scale[n] = max|w[n]| / 127 (1 where the row is 0), codes[n,k] = round half even(w / scale)."""
+
+def quantize_blocks(values: Array, row_offsets: Array, codes: Array, scale: Array, threads: int = 1) -> None:
+    """The same for block values [blocks,r,c] and their row_offsets."""
+
+def codes_nbytes(m: int, k: int, layout: str) -> int:
+    """Bytes of an activation panel: layout "tile" for the dense product, "lanes" for the sparse one. A name for each kernel's own packing."""
+
+def quantize_activations(program: Program, x: Array, lanes: bool, layout: str, codes: Array, scales: Array) -> None:
+    """Quantise float32 x per row m (rows [M,K], or lanes [K,M] if `lanes`) into a uint8 panel of `layout`; scales[M]."""
+
+class PackedInt8:
+    """A constant [n, k] int8 weight in the tile layout of this ISA, with its row sums."""
+
+    shape: tuple[int, int]
+    nbytes: int
+
+def pack_int8(weight: Weight, threads: int = 1) -> PackedInt8: ...
+def linear_int8(
+    program: Program, codes: Array, scales: Array, m: int, weight: PackedInt8, weight_scale: Array, out: Array,
+    bias: Array | None, activation: str | None, residual: Array | None,
+) -> None:
+    """out[M,N] = activation(acc * (scales[m] * weight_scale[n]) + bias[n]) + residual; weight_scale is read at every run."""
+
+# ---- sparse ----
+
+def kth_magnitude(x: Array, k: int, threads: int = 1) -> float:
+    """The exact k-th smallest |x| (k from 1) of a flat float32 array, by histogram of the bits, without a sort; NaN is refused."""
+
+def block_magnitudes(weight: Array, block: tuple[int, int], out: Array, threads: int = 1) -> None:
+    """out[n/r, k/c] = sum of squares of each block of weight[n,k], float32."""
+
+def magnitude_mask(x: Array, drop: int, mask: Array, threads: int = 1) -> None:
+    """mask (uint8, same length) = 0 for exactly the `drop` smallest |x| (ties: the lowest index goes first), 1 for the rest."""
+
+def pack_blocks(weight: Array, mask: Array, block: tuple[int, int]) -> tuple[Array, Array, Array]:
+    """(values [blocks,r,c], row_offsets int32, index int32) of the blocks where mask[n/r, k/c] is not 0."""
+
+def unpack_blocks(weight: Weight, out: Array, threads: int = 1) -> None:
+    """out[n,k] float32 = the dense matrix, scales applied."""
+
+class PackedBlocks:
+    """A constant block-sparse weight (float32 or int8) in the order its kernel reads, with row sums for int8."""
+
+    shape: tuple[int, int]
+    nbytes: int
+
+def pack_sparse(weight: Weight, threads: int = 1) -> PackedBlocks: ...
+def sparse_linear(
+    program: Program, x: Array, weight: PackedBlocks | Weight, out: Array, bias: Array | None, activation: str | None,
+    residual: Array | None,
+) -> None:
+    """Lanes in, lanes out: out[N,M] = activation(weight[N,K] @ x[K,M] + bias) + residual[N,M], float32 blocks [r, c]."""
+
+def sparse_linear_int8(
+    program: Program, codes: Array, scales: Array, m: int, weight: PackedBlocks, weight_scale: Array, out: Array,
+    bias: Array | None, activation: str | None, residual: Array | None,
+) -> None:
+    """The same from a "lanes" panel of quantised activations; blocks [r, 4]; weight_scale is read at every run."""
