@@ -1,0 +1,160 @@
+"""The model: an immutable graph of operators and named tensors. Every stage takes one and returns one."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from dataclasses import replace as dataclass_replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+from gristmill.errors import ModelError
+from gristmill.ops import Node, TensorType, find
+from gristmill.ops.op import need
+from gristmill.tensor import Tensor
+from gristmill.tensor.parts import Array
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A validated graph.
+
+    Args:
+        nodes: operators in any order; they are kept in an order in which every value is made before it is used.
+        tensors: constants by name: weights, biases, scales.
+        inputs: the types of the values that `run` takes, by name. Dimensions may be symbolic: `("batch", 64)`.
+        outputs: the names of the values that `run` returns.
+        meta: JSON-compatible provenance, kept by every stage and saved with the model.
+
+    Raises:
+        ModelError: the graph is cyclic, a value is undefined or defined twice, an operator is unknown, or shapes do not fit.
+
+    Example:
+        >>> import gristmill as gm
+        >>> gm.zoo.mlp([4, 3]).outputs
+        ('logits',)
+    """
+
+    nodes: tuple[Node, ...]
+    tensors: Mapping[str, Tensor]
+    inputs: Mapping[str, TensorType]
+    outputs: tuple[str, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("tensors", "inputs", "meta"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+        object.__setattr__(self, "outputs", tuple(self.outputs))
+        object.__setattr__(self, "nodes", tuple(in_order(tuple(self.nodes), {*self.tensors, *self.inputs})))
+        undefined = [name for name in self.outputs if name not in self.types]
+        if undefined or not self.outputs:
+            raise ModelError(f"outputs {undefined or '(none given)'} are not values of the graph")
+
+    @cached_property
+    def types(self) -> Mapping[str, TensorType]:
+        """The type of every value, tensors included."""
+        types = {name: TensorType(tensor.dtype, tensor.shape) for name, tensor in self.tensors.items()}
+        clash = types.keys() & self.inputs.keys()
+        if clash:
+            raise ModelError(f"names used for both an input and a tensor: {sorted(clash)}")
+        types |= self.inputs
+        for node in self.nodes:
+            types |= zip(node.outputs, self._infer(node, types), strict=True)
+        return MappingProxyType(types)
+
+    def _infer(self, node: Node, types: Mapping[str, TensorType]) -> list[TensorType]:
+        op = find(node)
+        given = sum(1 for name in node.inputs if name)
+        fewest, most = op.arity
+        need(fewest <= given and len(node.inputs) <= most, node, f"takes {fewest} to {most} inputs, got {len(node.inputs)}")
+        need(all(node.inputs[:fewest]), node, "a required input is absent")
+        for key, value in node.attributes.items():
+            need(key in op.attributes, node, f"unknown attribute {key!r}; known: {sorted(op.attributes)}")
+            wanted = op.attributes[key]
+            need(isinstance(value, wanted) and not isinstance(value, bool), node, f"attribute {key} must be {wanted}, got {value!r}")
+        constants = [self.tensors.get(name) for name in node.inputs]
+        inferred = op.infer(node, [types[name] if name else None for name in node.inputs], constants)
+        need(len(inferred) == len(node.outputs), node, f"makes {len(inferred)} outputs, {len(node.outputs)} are named")
+        return inferred
+
+    def replace(self, **changes: Any) -> "Model":
+        """Return a copy with some fields changed; `tensors` given here are merged into the present ones.
+
+        Example:
+            >>> import gristmill as gm
+            >>> model = gm.zoo.mlp([4, 3])
+            >>> model.replace(meta={"name": "tiny"}).meta["name"]
+            'tiny'
+        """
+        if "tensors" in changes:
+            changes["tensors"] = {**self.tensors, **changes["tensors"]}
+        return dataclass_replace(self, **changes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The names of the matrices that Linear nodes multiply by: what compression works on, in graph order."""
+        names = (node.inputs[1] for node in self.nodes if node.op == "Linear")
+        return tuple(dict.fromkeys(names))
+
+    def run(self, **inputs: Array) -> dict[str, Array]:
+        """Compute the outputs. Compiles a Session on first use and keeps it as long as the model lives.
+
+        Args:
+            inputs: one array for each of `self.inputs`, of its dtype and shape.
+
+        Raises:
+            ModelError: an input is missing, unknown, or of the wrong dtype or shape.
+
+        Example:
+            >>> import numpy as np, gristmill as gm
+            >>> gm.zoo.mlp([4, 3]).run(x=np.zeros((2, 4), np.float32))["logits"].shape
+            (2, 3)
+        """
+        from gristmill.runtime.session import session_of
+
+        return session_of(self).run(**inputs)
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(f"{name}: {kind}" for name, kind in self.inputs.items())
+        return f"Model({inputs} -> {', '.join(self.outputs)}; {len(self.nodes)} nodes, {self.nbytes:,} bytes)"
+
+
+def in_order(nodes: tuple[Node, ...], defined: Iterable[str]) -> list[Node]:
+    """Return nodes in an order in which values are made before they are used, the given order where it serves.
+
+    Raises:
+        ModelError: a value is made twice, never made, or made from itself.
+    """
+    known = set(defined)
+    makers: dict[str, Node] = {}
+    for node in nodes:
+        for name in node.outputs:
+            if not name or name in makers or name in known:
+                raise ModelError(f"{node.op}: value '{name}' is made twice or has no name")
+            makers[name] = node
+    ordered: list[Node] = []
+    waiting = list(nodes)
+    while waiting:
+        blocked = []
+        for node in waiting:
+            if all(not name or name in known for name in node.inputs):
+                ordered.append(node)
+                known.update(node.outputs)
+            else:
+                blocked.append(node)
+        if len(blocked) == len(waiting):
+            raise ModelError(_explain_blocked(blocked, known, makers))
+        waiting = blocked
+    return ordered
+
+
+def _explain_blocked(blocked: list[Node], known: set[str], makers: Mapping[str, Node]) -> str:
+    for node in blocked:
+        missing = [name for name in node.inputs if name and name not in known and name not in makers]
+        if missing:
+            return f"{node.op} '{node.name}': input {missing} is no input, no tensor and no node's output"
+    return f"the graph is cyclic: {', '.join(node.name for node in blocked[:5])} wait for each other"

@@ -1,0 +1,215 @@
+"""Linear: y = activation(x @ W.T + bias) + residual, and the two products of its gradient.
+
+Our fused form of ONNX Gemm and MatMul + Add. W is [n, k] as torch stores it. The weight's kind picks the kernel.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from gristmill import _core
+from gristmill.ops.activation import evaluate
+from gristmill.ops.op import GRAD, OWN, Binder, Node, Op, Tape, TensorType, as_rows, need, same_dim
+from gristmill.tensor import Sparse, Tensor
+from gristmill.tensor.parts import Array
+
+
+class Linear(Op):
+    """Inputs x [..., k], weight [n, k], optional bias [n], optional residual [..., n]; output [..., n]."""
+
+    name = "Linear"
+    domain = OWN
+    arity = (2, 4)
+    attributes = {"activation": str}  # set by fusion only
+    differentiable = True
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        x, weight = types[0], types[1]
+        assert x is not None and weight is not None
+        need(constants[1] is not None, node, f"its weight '{node.inputs[1]}' must be a tensor of the model")
+        need(len(weight.shape) == 2 and len(x.shape) >= 1, node, f"cannot multiply {x} by a weight {weight}")
+        n, k = weight.shape
+        need(
+            same_dim(x.shape[-1], k), node,
+            f"x '{node.inputs[0]}' is {x} but weight '{node.inputs[1]}' is {weight}: the last dimensions must be equal",
+        )
+        out = TensorType(x.dtype, (*x.shape[:-1], n))
+        bias = types[2] if len(types) > 2 else None
+        need(bias is None or bias.shape == (n,), node, f"bias '{node.input(2)}' is {bias} but the weight gives {n} outputs")
+        residual = types[3] if len(types) > 3 else None
+        need(residual is None or len(residual.shape) == len(out.shape), node, f"residual {residual} does not fit the output {out}")
+        return [out]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        x, weight, bias, residual = (*inputs, None, None)[:4]
+        y = x @ weight.T
+        if bias is not None:
+            y = y + bias
+        y = evaluate(node.attributes.get("activation"), y)
+        return [y if residual is None else y + residual]
+
+    def gradient(self, node: Node, tape: Tape, dy: str) -> None:
+        x, weight, bias = node.input(0), node.input(1), node.input(2)
+        need("activation" not in node.attributes and not node.input(3), node, "differentiate before fusing")
+        if tape.wants(x):
+            tape.add(x, tape.emit("LinearGradInput", [dy, weight]))
+        if tape.wants(weight):
+            tape.add(weight, tape.emit("LinearGradWeight", [dy, x, weight]))
+        if bias and tape.wants(bias):
+            tape.add(bias, tape.emit("SumRows", [dy]))
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        KERNELS[binder.tensor(node.inputs[1]).kind](node, binder)
+        return True
+
+
+def bind_dense(node: Node, binder: Binder) -> None:
+    x, residual, out = matrices(node, binder, "rows")
+    weight = node.inputs[1]
+    source = binder.weight(weight) if binder.trains(weight) else binder.packed(weight, _core.pack_dense)
+    scratch = binder.scratch(_core.linear_scratch(*x.shape[:1], *source.shape, binder.threads))
+    binder.step(_core.linear, x, source, out, *epilogue(node, binder, residual), scratch)
+
+
+def bind_quantized(node: Node, binder: Binder) -> None:
+    codes, scales, m = binder.codes(node.inputs[0], "tile")
+    _, residual, out = matrices(node, binder, "rows")
+    packed = binder.packed(node.inputs[1], _core.pack_int8)
+    weight_scale = scale_of(node, binder)
+    binder.step(_core.linear_int8, codes, scales, m, packed, weight_scale, out, *epilogue(node, binder, residual))
+
+
+def bind_sparse(node: Node, binder: Binder) -> None:
+    weight = node.inputs[1]
+    tensor = binder.tensor(weight)
+    assert isinstance(tensor, Sparse)
+    if tensor.scale is not None:
+        codes, scales, m = binder.codes(node.inputs[0], "lanes")
+        _, residual, out = matrices(node, binder, "lanes")
+        packed = binder.packed(weight, _core.pack_sparse)
+        binder.step(
+            _core.sparse_linear_int8, codes, scales, m, packed, scale_of(node, binder), out, *epilogue(node, binder, residual)
+        )
+        return
+    x, residual, out = matrices(node, binder, "lanes")
+    source = binder.weight(weight) if binder.trains(weight) else binder.packed(weight, _core.pack_sparse)
+    binder.step(_core.sparse_linear, x, source, out, *epilogue(node, binder, residual))
+
+
+KERNELS: dict[str, Callable[[Node, Binder], None]] = {
+    "dense": bind_dense,
+    "quantized": bind_quantized,
+    "sparse": bind_sparse,
+}
+
+
+def matrices(node: Node, binder: Binder, layout: str) -> tuple[Any, Any, Any]:
+    """Return x, residual (or None) and the output as matrices in one layout."""
+    fetch = binder.rows if layout == "rows" else binder.lanes
+    x = fetch(node.inputs[0])
+    residual = fetch(node.input(3)) if node.input(3) else None
+    out = binder.output(node.outputs[0], layout)
+    if layout == "rows":
+        x, out = x.reshape(*as_rows(x.shape)), out.reshape(*as_rows(out.shape))
+        residual = None if residual is None else residual.reshape(*out.shape)
+    return x, residual, out
+
+
+def epilogue(node: Node, binder: Binder, residual: Any) -> tuple[Any, Any, Any]:
+    bias = binder.array(node.input(2)) if node.input(2) else None
+    return bias, node.attributes.get("activation"), residual
+
+
+def scale_of(node: Node, binder: Binder) -> Any:
+    """The scales of an int8 weight: where they train, the kernel reads them from the arena at every run."""
+    weight = node.inputs[1]
+    return binder.array(weight) if binder.trains(weight) else binder.tensor(weight).scale  # type: ignore[union-attr]
+
+
+class LinearGradInput(Op):
+    """dx [..., k] = dy [..., n] @ W [n, k]."""
+
+    name = "LinearGradInput"
+    domain = GRAD
+    arity = (2, 2)
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        dy, weight = types
+        assert dy is not None and weight is not None
+        return [TensorType(dy.dtype, (*dy.shape[:-1], weight.shape[1]))]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        dy, weight = inputs
+        return [dy @ weight]
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        dy, dx = binder.rows(node.inputs[0]), binder.output(node.outputs[0])
+        dy, dx = dy.reshape(*as_rows(dy.shape)), dx.reshape(*as_rows(dx.shape))
+        weight = binder.weight(node.inputs[1])
+        scratch = binder.scratch(_core.linear_scratch(dy.shape[0], *weight.shape, binder.threads))
+        binder.step(_core.linear_grad_input, dy, weight, dx, scratch)
+        return True
+
+
+class LinearGradWeight(Op):
+    """The gradient of what trains in W: dW = dy.T @ x for a dense weight, its stored positions for a sparse one, or the
+    gradient of the scales for an int8 one (straight through the rounding)."""
+
+    name = "LinearGradWeight"
+    domain = GRAD
+    arity = (3, 3)
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        need(constants[2] is not None, node, "its weight must be a tensor of the model")
+        assert constants[2] is not None
+        return [TensorType(np.dtype(np.float32), constants[2].trainable.shape)]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        dy, x, weight = inputs
+        return [project(weight, dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]))]
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        dy, x, grad = binder.rows(node.inputs[0]), binder.rows(node.inputs[1]), binder.output(node.outputs[0])
+        dy, x = dy.reshape(*as_rows(dy.shape)), x.reshape(*as_rows(x.shape))
+        weight = binder.weight(node.inputs[2])
+        scratch = binder.scratch(_core.linear_scratch(dy.shape[0], *weight.shape, binder.threads))
+        binder.step(_core.linear_grad_weight, dy, x, weight, grad, scratch)
+        return True
+
+
+def project(weight: Tensor, gradient: Array) -> Array:
+    """Return the gradient of a weight's trainable part from the gradient [n, k] of the dense matrix."""
+    if weight.kind == "quantized":
+        return np.einsum("nk,nk->n", gradient, weight.codes)  # type: ignore[union-attr]
+    if not isinstance(weight, Sparse):
+        return gradient
+    rows, columns = weight.block
+    groups = np.repeat(np.arange(len(weight.row_offsets) - 1), np.diff(weight.row_offsets))
+    blocked = gradient.reshape(weight.shape[0] // rows, rows, weight.shape[1] // columns, columns)
+    picked = blocked[groups, :, weight.index, :]
+    if weight.scale is None:
+        return picked
+    sums = np.zeros((len(weight.row_offsets) - 1, rows), gradient.dtype)
+    np.add.at(sums, groups, (picked * weight.values).sum(axis=2))
+    return sums.reshape(-1)
+
+
+class SumRows(Op):
+    """The sum over all leading dimensions: the gradient of a bias."""
+
+    name = "SumRows"
+    domain = GRAD
+    arity = (1, 1)
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        assert types[0] is not None
+        return [TensorType(types[0].dtype, types[0].shape[-1:])]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        return [inputs[0].reshape(-1, inputs[0].shape[-1]).sum(axis=0)]
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        x = binder.rows(node.inputs[0])
+        binder.step(_core.column_sum, x.reshape(*as_rows(x.shape)), binder.output(node.outputs[0]))
+        return True

@@ -1,0 +1,203 @@
+"""Losses: one float32 scalar, the mean over the batch, and their gradients."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gristmill import _core
+from gristmill.ops.normalization import softmax
+from gristmill.ops.op import GRAD, OWN, Binder, Node, Op, Tape, TensorType, need, same_dim
+from gristmill.tensor import Tensor
+from gristmill.tensor.parts import Array
+
+FLOAT = np.dtype(np.float32)
+SCALAR = TensorType(FLOAT, ())
+
+
+def check_labels(node: Node, logits: TensorType, labels: TensorType) -> None:
+    need(len(logits.shape) == 2, node, f"logits '{node.inputs[0]}' must be [batch, classes], got {logits}")
+    fits = labels.dtype == np.int64 and len(labels.shape) == 1 and same_dim(labels.shape[0], logits.shape[0])
+    need(fits, node, f"labels must be int64 [{logits.shape[0]}], got {labels}")
+
+
+def log_softmax(x: Array) -> Array:
+    wide = x.astype(np.float64)
+    shifted = wide - wide.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def one_hot(labels: Array, classes: int) -> Array:
+    """A row of NaN stands for a label outside [0, classes), as in the kernel."""
+    valid = (labels >= 0) & (labels < classes)
+    rows = np.eye(classes)[np.where(valid, labels, 0)]
+    rows[~valid] = np.nan
+    return rows
+
+
+def mean_cross_entropy(logits: Array, labels: Array) -> Any:
+    picked = np.where(one_hot(labels, logits.shape[-1]) == 1, log_softmax(logits), 0.0).sum(axis=-1)
+    valid = (labels >= 0) & (labels < logits.shape[-1])
+    return -np.where(valid, picked, np.nan).mean()
+
+
+class SoftmaxCrossEntropyLoss(Op):
+    """ONNX SoftmaxCrossEntropyLoss with mean reduction: logits [batch, classes], labels int64 [batch]."""
+
+    name = "SoftmaxCrossEntropyLoss"
+    arity = (2, 2)
+    attributes = {"reduction": str}
+    differentiable = True
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        logits, labels = types
+        assert logits is not None and labels is not None
+        check_labels(node, logits, labels)
+        need(node.attributes.get("reduction", "mean") == "mean", node, "only the mean reduction is supported")
+        return [SCALAR]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        return [np.asarray(mean_cross_entropy(*inputs), FLOAT)]
+
+    def gradient(self, node: Node, tape: Tape, dy: str) -> None:
+        if tape.wants(node.inputs[0]):
+            tape.add(node.inputs[0], tape.emit("SoftmaxCrossEntropyLossGrad", [dy, *node.inputs]))
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        binder.step(_core.cross_entropy, *map(binder.rows, node.inputs), binder.output(node.outputs[0]))
+        return True
+
+
+class SoftmaxCrossEntropyLossGrad(Op):
+    """dlogits = dloss * (softmax(logits) - one_hot(labels)) / batch."""
+
+    name = "SoftmaxCrossEntropyLossGrad"
+    domain = GRAD
+    arity = (3, 3)
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        assert types[1] is not None
+        return [types[1]]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        dloss, logits, labels = inputs
+        return [(dloss * (softmax(logits) - one_hot(labels, logits.shape[-1])) / len(logits)).astype(FLOAT)]
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        binder.step(_core.cross_entropy_grad, *map(binder.rows, node.inputs), binder.output(node.outputs[0]))
+        return True
+
+
+class MeanSquaredError(Op):
+    """mean((x - target)^2) over all elements."""
+
+    name = "MeanSquaredError"
+    domain = OWN
+    arity = (2, 2)
+    differentiable = True
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        x, target = types
+        assert x is not None and target is not None
+        fits = len(x.shape) == len(target.shape) and all(map(same_dim, x.shape, target.shape))
+        need(fits and x.dtype == target.dtype, node, f"'{node.inputs[0]}' is {x} but the target is {target}")
+        return [SCALAR]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        x, target = inputs
+        return [np.asarray(((x.astype(np.float64) - target) ** 2).mean(), FLOAT)]
+
+    def gradient(self, node: Node, tape: Tape, dy: str) -> None:
+        if tape.wants(node.inputs[0]):
+            tape.add(node.inputs[0], tape.emit("MeanSquaredErrorGrad", [dy, *node.inputs]))
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        binder.step(_core.mean_squared_error, *map(binder.rows, node.inputs), binder.output(node.outputs[0]))
+        return True
+
+
+class MeanSquaredErrorGrad(Op):
+    """dx = dloss * 2 (x - target) / size."""
+
+    name = "MeanSquaredErrorGrad"
+    domain = GRAD
+    arity = (3, 3)
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        assert types[1] is not None
+        return [types[1]]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        dloss, x, target = inputs
+        return [(dloss * 2.0 * (x.astype(np.float64) - target) / x.size).astype(FLOAT)]
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        binder.step(_core.mean_squared_error_grad, *map(binder.rows, node.inputs), binder.output(node.outputs[0]))
+        return True
+
+
+class DistillationLoss(Op):
+    """alpha T^2 KL(softmax(teacher / T) || softmax(logits / T)) + (1 - alpha) cross entropy (Hinton et al. 2015).
+
+    Inputs logits [batch, classes], teacher [batch, classes], labels int64 [batch].
+    """
+
+    name = "DistillationLoss"
+    domain = OWN
+    arity = (3, 3)
+    attributes = {"temperature": float, "alpha": float}
+    differentiable = True
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        logits, teacher, labels = types
+        assert logits is not None and teacher is not None and labels is not None
+        check_labels(node, logits, labels)
+        fits = len(teacher.shape) == 2 and all(map(same_dim, logits.shape, teacher.shape))
+        need(fits, node, f"student logits are {logits} but teacher logits are {teacher}")
+        need(node.attributes.get("temperature", 0) > 0, node, "temperature must be positive")
+        need(0 <= node.attributes.get("alpha", -1) <= 1, node, "alpha must lie in [0, 1]")
+        return [SCALAR]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        logits, teacher, labels = inputs
+        t, alpha = node.attributes["temperature"], node.attributes["alpha"]
+        target, log_student = softmax(teacher / t), log_softmax(logits / t)
+        divergence = (target * (log_softmax(teacher / t) - log_student)).sum(axis=-1).mean()
+        return [np.asarray(alpha * t * t * divergence + (1 - alpha) * mean_cross_entropy(logits, labels), FLOAT)]
+
+    def gradient(self, node: Node, tape: Tape, dy: str) -> None:
+        if tape.wants(node.inputs[0]):
+            tape.add(node.inputs[0], tape.emit("DistillationLossGrad", [dy, *node.inputs], node.attributes))
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        bind_distillation(_core.distillation, node, binder)
+        return True
+
+
+class DistillationLossGrad(Op):
+    """dlogits = dloss * (alpha T (softmax(logits/T) - softmax(teacher/T)) + (1-alpha) (softmax(logits) - one_hot)) / batch."""
+
+    name = "DistillationLossGrad"
+    domain = GRAD
+    arity = (4, 4)
+    attributes = DistillationLoss.attributes
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        assert types[1] is not None
+        return [types[1]]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        dloss, logits, teacher, labels = inputs
+        t, alpha = node.attributes["temperature"], node.attributes["alpha"]
+        soft = alpha * t * (softmax(logits / t) - softmax(teacher / t))
+        hard = (1 - alpha) * (softmax(logits) - one_hot(labels, logits.shape[-1]))
+        return [(dloss * (soft + hard) / len(logits)).astype(FLOAT)]
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        bind_distillation(_core.distillation_grad, node, binder)
+        return True
+
+
+def bind_distillation(kernel: Any, node: Node, binder: Binder) -> None:
+    t, alpha = node.attributes["temperature"], node.attributes["alpha"]
+    binder.step(kernel, *map(binder.rows, node.inputs), t, alpha, binder.output(node.outputs[0]))

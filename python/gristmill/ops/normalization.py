@@ -1,0 +1,173 @@
+"""LayerNormalization and Softmax over the last dimension, and their gradients."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gristmill import _core
+from gristmill.ops.op import GRAD, Binder, Node, Op, Tape, TensorType, as_rows, need
+from gristmill.tensor import Tensor
+from gristmill.tensor.parts import Array
+
+
+def last_axis(node: Node, x: TensorType, default: int) -> None:
+    axis = node.attributes.get("axis", default)
+    need(axis in (-1, len(x.shape) - 1), node, f"axis {axis} of {x}: only the last axis is supported")
+
+
+def centred(x: Array, epsilon: float) -> tuple[Array, Array]:
+    """Return the normalised x and 1 / standard deviation, in float64."""
+    wide = x.astype(np.float64)
+    mean = wide.mean(axis=-1, keepdims=True)
+    inverse = 1.0 / np.sqrt(((wide - mean) ** 2).mean(axis=-1, keepdims=True) + epsilon)
+    return (wide - mean) * inverse, inverse
+
+
+class LayerNormalization(Op):
+    """y = (x - mean) / sqrt(variance + epsilon) * scale + bias over the last dimension (ONNX opset 17, axis -1)."""
+
+    name = "LayerNormalization"
+    arity = (2, 3)
+    attributes = {"axis": int, "epsilon": float}
+    differentiable = True
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        x = types[0]
+        assert x is not None
+        last_axis(node, x, -1)
+        for value in types[1:]:
+            need(value is None or value.shape == x.shape[-1:], node, f"scale and bias must have shape {x.shape[-1:]}, got {value}")
+        return [x]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        x, gamma, beta = (*inputs, None)[:3]
+        y = centred(x, node.attributes.get("epsilon", 1e-5))[0] * gamma
+        return [np.asarray(y if beta is None else y + beta, x.dtype)]
+
+    def gradient(self, node: Node, tape: Tape, dy: str) -> None:
+        x, gamma, beta = node.input(0), node.input(1), node.input(2)
+        attributes = {"epsilon": node.attributes.get("epsilon", 1e-5)}
+        if tape.wants(x):
+            tape.add(x, tape.emit("LayerNormalizationGrad", [dy, x, gamma], attributes))
+        if tape.wants(gamma):
+            tape.add(gamma, tape.emit("LayerNormalizationScaleGrad", [dy, x], attributes))
+        if beta and tape.wants(beta):
+            tape.add(beta, tape.emit("SumRows", [dy]))
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        x, out = binder.rows(node.inputs[0]), binder.output(node.outputs[0])
+        shape = as_rows(x.shape)
+        beta = binder.array(node.input(2)) if node.input(2) else None
+        epsilon = node.attributes.get("epsilon", 1e-5)
+        binder.step(_core.layer_norm, x.reshape(*shape), binder.array(node.inputs[1]), beta, epsilon, out.reshape(*shape))
+        return True
+
+
+class LayerNormalizationGrad(Op):
+    """The gradient of LayerNormalization in x."""
+
+    name = "LayerNormalizationGrad"
+    domain = GRAD
+    arity = (3, 3)
+    attributes = {"epsilon": float}
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        assert types[1] is not None
+        return [types[1]]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        dy, x, gamma = inputs
+        y, inverse = centred(x, node.attributes["epsilon"])
+        g = dy * gamma
+        dx = inverse * (g - g.mean(axis=-1, keepdims=True) - y * (g * y).mean(axis=-1, keepdims=True))
+        return [dx.astype(x.dtype)]
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        dy, x, dx = binder.rows(node.inputs[0]), binder.rows(node.inputs[1]), binder.output(node.outputs[0])
+        shape = as_rows(x.shape)
+        gamma, epsilon = binder.array(node.inputs[2]), node.attributes["epsilon"]
+        binder.step(_core.layer_norm_grad, dy.reshape(*shape), x.reshape(*shape), gamma, epsilon, dx.reshape(*shape), None, None)
+        return True
+
+
+class LayerNormalizationScaleGrad(Op):
+    """The gradient of LayerNormalization in its scale."""
+
+    name = "LayerNormalizationScaleGrad"
+    domain = GRAD
+    arity = (2, 2)
+    attributes = {"epsilon": float}
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        assert types[1] is not None
+        return [TensorType(types[1].dtype, types[1].shape[-1:])]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        dy, x = inputs
+        y, _ = centred(x, node.attributes["epsilon"])
+        return [(dy * y).reshape(-1, x.shape[-1]).sum(axis=0).astype(x.dtype)]
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        dy, x = binder.rows(node.inputs[0]), binder.rows(node.inputs[1])
+        shape = as_rows(x.shape)
+        args = (dy.reshape(*shape), x.reshape(*shape), None, node.attributes["epsilon"])
+        binder.step(_core.layer_norm_grad, *args, None, binder.output(node.outputs[0]), None)
+        return True
+
+
+def softmax(x: Array) -> Array:
+    """The softmax over the last dimension, in float64."""
+    wide = x.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        e = np.exp(wide - wide.max(axis=-1, keepdims=True))
+        return e / e.sum(axis=-1, keepdims=True)
+
+
+class Softmax(Op):
+    """ONNX Softmax over the last dimension."""
+
+    name = "Softmax"
+    arity = (1, 1)
+    attributes = {"axis": int}
+    differentiable = True
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        assert types[0] is not None
+        last_axis(node, types[0], -1)
+        return [types[0]]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        return [softmax(inputs[0]).astype(inputs[0].dtype)]
+
+    def gradient(self, node: Node, tape: Tape, dy: str) -> None:
+        if tape.wants(node.inputs[0]):
+            tape.add(node.inputs[0], tape.emit("SoftmaxGrad", [dy, node.outputs[0]]))
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        x, out = binder.rows(node.inputs[0]), binder.output(node.outputs[0])
+        shape = as_rows(x.shape)
+        binder.step(_core.softmax, x.reshape(*shape), out.reshape(*shape))
+        return True
+
+
+class SoftmaxGrad(Op):
+    """dx = y * (dy - sum(dy * y)), from softmax's output y."""
+
+    name = "SoftmaxGrad"
+    domain = GRAD
+    arity = (2, 2)
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        assert types[1] is not None
+        return [types[1]]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        dy, y = inputs[0].astype(np.float64), inputs[1].astype(np.float64)
+        return [(y * (dy - (dy * y).sum(axis=-1, keepdims=True))).astype(inputs[1].dtype)]
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        dy, y, dx = binder.rows(node.inputs[0]), binder.rows(node.inputs[1]), binder.output(node.outputs[0])
+        shape = as_rows(y.shape)
+        binder.step(_core.softmax_grad, dy.reshape(*shape), y.reshape(*shape), dx.reshape(*shape))
+        return True

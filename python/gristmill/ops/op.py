@@ -1,0 +1,145 @@
+"""What an operator is, and the small contracts that its file fulfils."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from gristmill import _core
+from gristmill.errors import ModelError
+from gristmill.tensor import Tensor
+from gristmill.tensor.parts import Array
+
+Dim = int | str  # a symbolic dimension has a name, such as "batch"
+GRAD = "gristmill.grad"  # the domain of operators that only gradients use
+OWN = "gristmill"  # the domain of operators that ONNX does not have
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """The dtype and the possibly symbolic shape of a value."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[Dim, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator applied to named values. An empty name marks an absent optional input."""
+
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    domain: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", tuple(self.inputs))
+        object.__setattr__(self, "outputs", tuple(self.outputs))
+        object.__setattr__(self, "attributes", MappingProxyType(dict(self.attributes)))
+
+    @property
+    def name(self) -> str:
+        """A node is known by the first value that it makes."""
+        return self.outputs[0]
+
+    def input(self, index: int) -> str:
+        """The name of an input, or "" if it is absent."""
+        return self.inputs[index] if index < len(self.inputs) else ""
+
+
+class Tape(Protocol):
+    """What a gradient rule may do; `autodiff` implements it."""
+
+    def emit(self, op: str, inputs: Sequence[str], attributes: Mapping[str, Any] | None = None, domain: str = GRAD) -> str:
+        """Append a node with one output and return the output's name."""
+
+    def wants(self, name: str) -> bool:
+        """Whether the gradient of this value is needed."""
+
+    def add(self, name: str, gradient: str) -> None:
+        """Add a contribution to the gradient of a value."""
+
+    def type(self, name: str) -> TensorType:
+        """The type of a value."""
+
+
+class Buffer(Protocol):
+    """A value's place in memory, known by address only when the plan is complete."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def reshape(self, *shape: int) -> "Buffer": ...
+
+
+class Binder(Protocol):
+    """What an operator may ask of the plan that binds it; `runtime.plan` implements it."""
+
+    threads: int
+
+    def rows(self, name: str) -> Buffer: ...
+    def lanes(self, name: str) -> Buffer: ...
+    def stored(self, name: str) -> tuple[Buffer, str]: ...
+    def codes(self, name: str, layout: str) -> tuple[Buffer, Buffer, int]: ...
+    def output(self, name: str, layout: str = "rows") -> Buffer: ...
+    def scratch(self, nbytes: int) -> Buffer: ...
+    def tensor(self, name: str) -> Tensor: ...
+    def trains(self, name: str) -> bool: ...
+    def array(self, name: str) -> Array | Buffer | None: ...
+    def weight(self, name: str) -> _core.Weight: ...
+    def packed(self, name: str, pack: Callable[..., Any]) -> Any: ...
+    def step(self, kernel: Callable[..., None], *args: Any) -> None: ...
+
+
+class Op:
+    """An operator: its shape rule, its NumPy reference, and, where there are any, its gradient rule and its kernels."""
+
+    name: ClassVar[str]
+    domain: ClassVar[str] = ""
+    arity: ClassVar[tuple[int, int]]  # fewest and most inputs
+    attributes: ClassVar[Mapping[str, type | tuple[type, ...]]] = {}  # allowed attributes and their types
+    differentiable: ClassVar[bool] = False
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        """Return the types of the outputs.
+
+        Raises:
+            ModelError: the inputs do not fit; the message names both shapes.
+        """
+        raise NotImplementedError
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        """Compute the outputs with NumPy. Constants of `LinearGradWeight` arrive as tensors, all else as arrays."""
+        raise NotImplementedError
+
+    def gradient(self, node: Node, tape: Tape, dy: str) -> None:
+        """Add the gradients of the inputs that the tape wants, given the gradient of the output."""
+        raise ModelError(f"{node.op} has no gradient")
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        """Append kernel steps; False leaves the node to its NumPy reference."""
+        return False
+
+
+def need(condition: bool, node: Node, message: str) -> None:
+    """Raise a ModelError about a node unless the condition holds."""
+    if not condition:
+        raise ModelError(f"{node.op} '{node.name}': {message}")
+
+
+def same_dim(a: Dim, b: Dim) -> bool:
+    """Whether two dimensions can be equal: two different symbols may be, a symbol and a number may be."""
+    return a == b or isinstance(a, str) or isinstance(b, str)
+
+
+def as_rows(shape: Sequence[int]) -> tuple[int, int]:
+    """Return (rows, columns) of a value whose leading dimensions are all rows."""
+    rows = 1
+    for dim in shape[:-1]:
+        rows *= dim
+    return rows, shape[-1]

@@ -1,0 +1,86 @@
+"""Memory: buffers with lifetimes, packed into one allocation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gristmill.tensor.parts import Array
+
+ALIGN = 64
+FOREVER = 1 << 60
+
+
+class Buffer:
+    """A value's place: a view of an array that exists, or a slice of the arena that is placed when its lifetime is known."""
+
+    __slots__ = ("_array", "base", "dtype", "first", "last", "offset", "shape")
+
+    def __init__(self, shape: Sequence[int], dtype: Any, array: Array | None = None, base: "Buffer | None" = None) -> None:
+        self.shape = tuple(shape)
+        self.dtype = np.dtype(dtype)
+        self._array = array
+        self.base = base  # what this is another shape of
+        self.first, self.last = FOREVER, -1
+        self.offset = 0
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    def external(self) -> bool:
+        return self.root._array is not None
+
+    @property
+    def root(self) -> "Buffer":
+        return self if self.base is None else self.base.root
+
+    def reshape(self, *shape: int) -> "Buffer":
+        return self if tuple(shape) == self.shape else Buffer(shape, self.dtype, base=self)
+
+    def touch(self, step: int) -> None:
+        """Extend the lifetime to a step."""
+        root = self.root
+        root.first, root.last = min(root.first, step), max(root.last, step)
+
+    def view(self, arena: Array) -> Array:
+        """The array itself."""
+        root = self.root
+        array = root._array
+        if array is None:
+            array = arena[root.offset : root.offset + root.nbytes].view(self.dtype)
+        return array.reshape(self.shape)
+
+
+def place(buffers: Sequence[Buffer]) -> int:
+    """Give every buffer an offset so that none overlaps another that lives at the same time; return the bytes needed.
+
+    Largest first, each at the lowest free offset (greedy by size; Pisarchyk & Lee 2020).
+    """
+    placed: list[Buffer] = []
+    total = 0
+    for buffer in sorted(buffers, key=lambda b: (-b.nbytes, b.first)):
+        neighbours = sorted(
+            (b for b in placed if b.first <= buffer.last and buffer.first <= b.last), key=lambda b: b.offset
+        )
+        offset = 0
+        for other in neighbours:
+            if offset + buffer.nbytes <= other.offset:
+                break
+            offset = max(offset, aligned(other.offset + other.nbytes))
+        buffer.offset = offset
+        placed.append(buffer)
+        total = max(total, offset + aligned(buffer.nbytes))
+    return total
+
+
+def aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGN) * ALIGN
+
+
+def allocate(nbytes: int) -> Array:
+    """Return a cache-line-aligned uint8 array."""
+    raw = np.empty(nbytes + ALIGN, np.uint8)
+    skip = -raw.ctypes.data % ALIGN
+    return raw[skip : skip + nbytes]

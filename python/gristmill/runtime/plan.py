@@ -1,0 +1,258 @@
+"""Compile a model for concrete shapes: bind every node to kernels, lay out memory, and cut the steps into segments.
+
+A plan is built in two passes. The first lets every operator append steps over buffers that have no address yet, in the layout
+its kernel wants ("rows" or "lanes"), with conversions put in where layouts meet. The second places the buffers in one arena and
+binds the steps to addresses. Steps between two Python references form one C segment, run without Python.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gristmill import _core
+from gristmill.errors import ModelError
+from gristmill.model import Model
+from gristmill.ops import Node, TensorType, find
+from gristmill.ops.op import as_rows
+from gristmill.runtime.arena import FOREVER, Buffer, place
+from gristmill.tensor import Sparse, Tensor
+from gristmill.tensor.parts import Array
+
+
+class Weights:
+    """What sessions of one model share: packed weights by (name, packer, instruction set)."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._packed: dict[tuple[str, str, int], Any] = {}
+
+    def packed(self, name: str, pack: Callable[..., Any], threads: int) -> Any:
+        key = (name, pack.__name__, _core.isa_generation())
+        if key not in self._packed:
+            self._packed[key] = pack(weight_view(self.model.tensors[name]), threads)
+        return self._packed[key]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all packed weights."""
+        return sum(packed.nbytes for packed in self._packed.values())
+
+
+def weight_view(tensor: Tensor, trained: Array | None = None) -> _core.Weight:
+    """Return the kernel's view of a matrix, its trainable part replaced by memory that somebody else updates."""
+    shape = (tensor.shape[0], tensor.shape[1])
+    if tensor.kind == "dense":
+        return _core.Weight((tensor.trainable if trained is None else trained).reshape(shape), shape)
+    if tensor.kind == "quantized":
+        return _core.Weight(tensor.codes, shape, tensor.scale if trained is None else trained)  # type: ignore[union-attr]
+    assert isinstance(tensor, Sparse)
+    if tensor.scale is None:
+        values = tensor.values if trained is None else trained.reshape(tensor.values.shape)
+        return _core.Weight(values, shape, None, tensor.row_offsets, tensor.index)
+    return _core.Weight(tensor.values, shape, tensor.scale if trained is None else trained, tensor.row_offsets, tensor.index)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kernel call or, where `kernel` is None, one NumPy reference, for a node."""
+
+    node: Node
+    kernel: Callable[..., None] | None
+    args: tuple[Any, ...]
+    outputs: tuple[Buffer, ...] = ()
+
+    def buffers(self) -> list[Buffer]:
+        return [arg for arg in (*self.args, *self.outputs) if isinstance(arg, Buffer)]
+
+
+class Layout:
+    """The first pass: steps over unplaced buffers. Implements `ops.op.Binder`."""
+
+    def __init__(
+        self, model: Model, types: Mapping[str, TensorType], weights: Weights, threads: int,
+        trainable: Mapping[str, Array], outputs: Mapping[str, Array], reference: bool,
+    ) -> None:
+        self.model, self.types, self.weights, self.threads = model, types, weights, threads
+        self.trainable, self.bound = trainable, outputs
+        self.steps: list[Step] = []
+        self.panels: dict[tuple[str, str], tuple[Buffer, Buffer]] = {}
+        self.inputs = {name: self._fresh(name, "rows") for name in model.inputs}
+        self.forms: dict[str, dict[str, Buffer]] = {name: {"rows": buffer} for name, buffer in self.inputs.items()}
+        for node in model.nodes:
+            self.node = node
+            if reference or not find(node).bind(node, self):
+                self._refer(node)
+        self.outputs = {name: self.rows(name) for name in model.outputs}
+        self.nbytes = self._place()
+
+    # ---- what operators ask for (ops.op.Binder) ----
+
+    def rows(self, name: str) -> Buffer:
+        """A value in its own shape, C order."""
+        if name not in self.forms:
+            return self._constant(name)
+        forms = self.forms[name]
+        if "rows" not in forms:
+            lanes = forms["lanes"]
+            forms["rows"] = self._fresh(name, "rows")
+            self.step(_core.transpose, lanes, forms["rows"].reshape(*lanes.shape[::-1]))
+        return forms["rows"]
+
+    def lanes(self, name: str) -> Buffer:
+        """A value as a matrix [columns, rows]."""
+        forms = self.forms.setdefault(name, {})
+        if "lanes" not in forms:
+            rows = forms["rows"] if "rows" in forms else self._constant(name)
+            forms["lanes"] = self._fresh(name, "lanes")
+            self.step(_core.transpose, rows.reshape(*as_rows(rows.shape)), forms["lanes"])
+        return forms["lanes"]
+
+    def stored(self, name: str) -> tuple[Buffer, str]:
+        """A value in whichever layout it has."""
+        layout = next(iter(self.forms.get(name, {})), "rows")
+        return (self.lanes(name) if layout == "lanes" else self.rows(name)), layout
+
+    def codes(self, name: str, layout: str) -> tuple[Buffer, Buffer, int]:
+        """A value quantised per row into a panel: codes, scales and the number of rows. Made once and shared."""
+        m, k = as_rows(self._shape(name))
+        if (name, layout) not in self.panels:
+            x, form = self.stored(name)
+            x = x if form == "lanes" else x.reshape(m, k)
+            codes, scales = self.scratch(_core.codes_nbytes(m, k, layout)), Buffer((m,), np.float32)
+            self.step(_core.quantize_activations, x, form == "lanes", layout, codes, scales)
+            self.panels[name, layout] = (codes, scales)
+        return (*self.panels[name, layout], m)
+
+    def output(self, name: str, layout: str = "rows") -> Buffer:
+        """A new buffer for a value that the present node makes."""
+        self.forms[name] = {layout: self._fresh(name, layout)}
+        return self.forms[name][layout]
+
+    def scratch(self, nbytes: int) -> Buffer:
+        return Buffer((nbytes,), np.uint8)
+
+    def tensor(self, name: str) -> Tensor:
+        return self.model.tensors[name]
+
+    def trains(self, name: str) -> bool:
+        return name in self.trainable
+
+    def array(self, name: str) -> Array | Buffer:
+        """A vector of the model: the arena's slice where it trains, else the constant."""
+        if name in self.trainable:
+            return self.trainable[name]
+        return self.rows(name) if name in self.forms else self.model.tensors[name].dense()
+
+    def weight(self, name: str) -> _core.Weight:
+        return weight_view(self.model.tensors[name], self.trainable.get(name))
+
+    def packed(self, name: str, pack: Callable[..., Any]) -> Any:
+        return self.weights.packed(name, pack, self.threads)
+
+    def step(self, kernel: Callable[..., None], *args: Any) -> None:
+        self.steps.append(Step(self.node, kernel, args))
+
+    # ---- inner ----
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(dim) for dim in self.types[name].shape)
+
+    def _fresh(self, name: str, layout: str) -> Buffer:
+        shape, dtype = self._shape(name), self.types[name].dtype
+        if layout == "lanes":
+            return Buffer(as_rows(shape)[::-1], dtype)
+        return Buffer(shape, dtype, self.bound.get(name))
+
+    def _constant(self, name: str) -> Buffer:
+        if name in self.trainable:
+            array = self.trainable[name]
+        else:
+            array = np.ascontiguousarray(self.model.tensors[name].dense())
+        return Buffer(array.shape, array.dtype, array)
+
+    def _refer(self, node: Node) -> None:
+        """Leave a node to NumPy: its inputs as arrays, a weight whose kind matters as a tensor."""
+        args: list[Any] = []
+        for name in node.inputs:
+            if name in self.model.tensors:
+                args.append(self._evaluator(name, whole=node.op != "LinearGradWeight"))
+            else:
+                args.append(self.rows(name) if name else None)
+        outputs = tuple(self.output(name) for name in node.outputs)
+        self.steps.append(Step(node, None, tuple(args), outputs))
+
+    def _evaluator(self, name: str, whole: bool) -> Callable[[], Any]:
+        tensor, trained = self.model.tensors[name], self.trainable.get(name)
+
+        def evaluate() -> Any:
+            current = tensor if trained is None else tensor.with_trainable(trained)
+            return current.dense() if whole else current
+
+        return evaluate
+
+    def _place(self) -> int:
+        for buffer in self.inputs.values():
+            buffer.touch(-1)
+        for number, step in enumerate(self.steps):
+            for buffer in step.buffers():
+                buffer.touch(number)
+        for buffer in self.outputs.values():
+            buffer.touch(FOREVER)
+        used = [b for step in self.steps for b in step.buffers()] + [*self.inputs.values(), *self.outputs.values()]
+        return place(list({id(b.root): b.root for b in used if not b.external}.values()))
+
+
+class Plan:
+    """The second pass: steps bound to addresses in an arena."""
+
+    def __init__(self, layout: Layout, arena: Array) -> None:
+        self.inputs = {name: buffer.view(arena) for name, buffer in layout.inputs.items()}
+        self.outputs = {name: buffer.view(arena) for name, buffer in layout.outputs.items()}
+        self.steps = layout.steps
+        self.segments: list[_core.Program | Callable[[], None]] = []
+        for step in layout.steps:
+            self._bind(step, arena)
+        self._arena = arena  # programs hold addresses in it
+
+    def _bind(self, step: Step, arena: Array) -> None:
+        args = [arg.view(arena) if isinstance(arg, Buffer) else arg for arg in step.args]
+        if step.kernel is None:
+            self.segments.append(_reference(step.node, args, [out.view(arena) for out in step.outputs]))
+            return
+        if not self.segments or not isinstance(self.segments[-1], _core.Program):
+            self.segments.append(_core.Program())
+        try:
+            step.kernel(self.segments[-1], *args)
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"{step.node.op} '{step.node.name}': {error}") from error
+
+    def run(self, threads: int) -> None:
+        for segment in self.segments:
+            if isinstance(segment, _core.Program):
+                segment.run(threads)
+            else:
+                segment()
+
+
+def _reference(node: Node, args: list[Any], outputs: list[Array]) -> Callable[[], None]:
+    op = find(node)
+
+    def run() -> None:
+        values = [arg() if callable(arg) else arg for arg in args]
+        for out, value in zip(outputs, op.reference(node, *values), strict=True):
+            out[...] = value
+
+    return run
+
+
+def concrete_types(model: Model, given: Mapping[str, TensorType]) -> dict[str, TensorType]:
+    """Infer the types of all values once the inputs' dimensions are numbers."""
+    types = {name: TensorType(tensor.dtype, tensor.shape) for name, tensor in model.tensors.items()}
+    types |= given
+    for node in model.nodes:
+        constants = [model.tensors.get(name) for name in node.inputs]
+        made = find(node).infer(node, [types[name] if name else None for name in node.inputs], constants)
+        types |= zip(node.outputs, made, strict=True)
+    return types

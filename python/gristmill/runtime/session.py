@@ -1,0 +1,214 @@
+"""A model compiled for this machine: it checks inputs, finds or builds the plan for their shapes, and runs it."""
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gristmill import _core
+from gristmill.errors import ModelError
+from gristmill.model import Model
+from gristmill.ops import TensorType
+from gristmill.runtime.arena import allocate
+from gristmill.runtime.fuse import fuse
+from gristmill.runtime.plan import Layout, Plan, Weights, concrete_types
+from gristmill.runtime.threads import check_threads
+from gristmill.tensor import Quantized, Tensor
+from gristmill.tensor.parts import Array
+
+PLANS = 16  # kept per session; the least recently used goes first
+PRECISIONS = (None, "float32", "int8")
+
+
+class Session:
+    """A model compiled for one thread count; plans for the shapes it has seen are kept.
+
+    A session serialises its own runs. Threads that want to run at the same time take a `clone` each, which shares the weights.
+
+    Args:
+        model: what to run.
+        threads: at most this many threads. Default: OMP_NUM_THREADS, else physical cores within affinity and cgroup quota. The
+            result does not depend on it.
+        precision: "float32" (default) runs tensors as they are; "int8" quantises the dense weights of Linear nodes first.
+        trainable: arrays by tensor name, each with the shape of the tensor's `trainable` part, which the program reads in place
+            of the model's own values at every run.
+        reference: run the NumPy reference of every operator instead of its kernels, to tell a wrong kernel from a wrong model.
+
+    Raises:
+        ModelError: an option is unknown, or a trainable array does not fit its tensor.
+
+    Example:
+        >>> import numpy as np, gristmill as gm
+        >>> session = Session(gm.zoo.mlp([4, 3]), threads=1)
+        >>> session.run(x=np.zeros((2, 4), np.float32))["logits"].shape
+        (2, 3)
+    """
+
+    def __init__(
+        self, model: Model, threads: int | None = None, precision: str | None = None, *,
+        trainable: Mapping[str, Array] | None = None, reference: bool = False,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise ModelError(f"unknown precision {precision!r}; choose one of {PRECISIONS}")
+        self.model = model
+        self.threads = check_threads(threads)
+        self.reference = reference or not hasattr(_core, "linear")  # until the kernels land
+        self.trainable = dict(trainable or {})
+        for name, array in self.trainable.items():
+            _check_trainable(model, name, array)
+        compiled = fuse(_quantized(model, self.trainable) if precision == "int8" else model)
+        self.weights = Weights(compiled)
+        self._plans: OrderedDict[Any, Plan] = OrderedDict()
+        self._arena = allocate(0)
+        self._lock = threading.Lock()
+
+    def clone(self) -> "Session":
+        """Return a session of its own plans and memory over the same packed weights."""
+        other = object.__new__(Session)
+        other.__dict__.update(self.__dict__)
+        other._plans, other._arena, other._lock = OrderedDict(), allocate(0), threading.Lock()
+        return other
+
+    def run(self, **inputs: Array) -> dict[str, Array]:
+        """Compute the outputs.
+
+        Args:
+            inputs: an array for each input of the model, of its dtype and shape.
+
+        Raises:
+            ModelError: an input is missing, unknown, or does not fit.
+        """
+        return self.execute(inputs)
+
+    def execute(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """Run with some outputs written in place.
+
+        Args:
+            inputs: as for `run`.
+            outputs: C-contiguous arrays by output name that the program writes; they are returned as they are, other outputs as
+                new arrays.
+        """
+        bound = dict(outputs or {})
+        given = self._check(inputs)
+        with self._lock:
+            plan = self._plan(given, bound)
+            for name, array in plan.inputs.items():
+                np.copyto(array, inputs[name])
+            plan.run(self.threads)
+            return {name: bound[name] if name in bound else array.copy() for name, array in plan.outputs.items()}
+
+    def layout(self, inputs: Mapping[str, TensorType], outputs: Mapping[str, Array] | None = None) -> Layout:
+        """Plan for inputs of these concrete types without allocating; `nbytes` of the result is what a run needs."""
+        model = self.weights.model
+        types = concrete_types(model, inputs)
+        return Layout(model, types, self.weights, self.threads, self.trainable, outputs or {}, self.reference)
+
+    def explain(self, **shapes: tuple[int, ...]) -> list[dict[str, Any]]:
+        """Say which kernel each node is bound to.
+
+        Args:
+            shapes: the concrete shape of each input; left out, symbolic dimensions are taken as 1.
+
+        Returns:
+            One row for each step: node, op, kernel ("numpy" where there is none), variant (the instruction set), weight (its kind
+            and shape) and bytes (of the weight as stored).
+        """
+        given = {}
+        for name, kind in self.model.inputs.items():
+            shape = shapes.get(name, tuple(1 if isinstance(dim, str) else dim for dim in kind.shape))
+            given[name] = TensorType(kind.dtype, tuple(shape))
+        return [_explain(step, self.weights.model) for step in self.layout(given).steps]
+
+    def _plan(self, given: Mapping[str, TensorType], bound: Mapping[str, Array]) -> Plan:
+        key = (
+            _core.isa_generation(),
+            tuple((name, kind.shape) for name, kind in given.items()),
+            tuple((name, array.ctypes.data) for name, array in bound.items()),
+        )
+        plan = self._plans.get(key)
+        if plan is None:
+            layout = self.layout(given, self._check_bound(given, bound))
+            if layout.nbytes > self._arena.nbytes:
+                self._plans.clear()  # they hold the smaller arena
+                self._arena = allocate(layout.nbytes)
+            plan = self._plans[key] = Plan(layout, self._arena)
+            if len(self._plans) > PLANS:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
+        return plan
+
+    def _check(self, inputs: Mapping[str, Array]) -> dict[str, TensorType]:
+        """Return the concrete types of the inputs after holding them against the model's."""
+        wanted = self.model.inputs
+        if inputs.keys() != wanted.keys():
+            missing, extra = sorted(wanted.keys() - inputs.keys()), sorted(inputs.keys() - wanted.keys())
+            expected = ", ".join(f"{name}: {kind}" for name, kind in wanted.items())
+            raise ModelError(f"inputs do not match: missing {missing}, unknown {extra}; the model takes {expected}")
+        symbols: dict[str, int] = {}
+        given = {}
+        for name, kind in wanted.items():
+            array = inputs[name]
+            if not isinstance(array, np.ndarray) or array.dtype != kind.dtype:
+                found = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+                raise ModelError(f"input '{name}' must be a {kind.dtype} array, got {found}; convert it with np.asarray(..., np.{kind.dtype})")
+            if len(array.shape) != len(kind.shape) or not _matches(array.shape, kind.shape, symbols):
+                known = f" (with {symbols})" if symbols else ""
+                raise ModelError(f"input '{name}' has shape {array.shape}, the model takes {kind}{known}")
+            given[name] = TensorType(kind.dtype, array.shape)
+        return given
+
+    def _check_bound(self, given: Mapping[str, TensorType], bound: Mapping[str, Array]) -> Mapping[str, Array]:
+        types = concrete_types(self.weights.model, given)
+        for name, array in bound.items():
+            fits = name in self.model.outputs and array.shape == types[name].shape and array.dtype == types[name].dtype
+            if not fits or not array.flags.c_contiguous or not array.flags.writeable:
+                raise ModelError(f"output '{name}' cannot be written to a {array.dtype} array of shape {array.shape}")
+        return bound
+
+
+def _matches(shape: tuple[int, ...], wanted: tuple[int | str, ...], symbols: dict[str, int]) -> bool:
+    return all(have == (symbols.setdefault(want, have) if isinstance(want, str) else want) for have, want in zip(shape, wanted, strict=True))
+
+
+def _check_trainable(model: Model, name: str, array: Array) -> None:
+    if name not in model.tensors:
+        raise ModelError(f"trainable '{name}' is no tensor of the model; it has {sorted(model.tensors)}")
+    wanted = model.tensors[name].trainable
+    if array.dtype != np.float32 or wanted.dtype != np.float32 or array.shape != wanted.shape or not array.flags.c_contiguous:
+        raise ModelError(f"trainable '{name}' must be a contiguous float32 array of shape {wanted.shape}, got {array.dtype} {array.shape}")
+
+
+def _quantized(model: Model, trainable: Mapping[str, Array]) -> Model:
+    tensors: dict[str, Tensor] = {}
+    for name in model.weights:
+        tensor = model.tensors[name]
+        if tensor.kind == "dense" and name not in trainable:
+            tensors[name] = Quantized.from_dense(tensor.dense())
+    return model.replace(tensors=tensors)
+
+
+def _explain(step: Any, model: Model) -> dict[str, Any]:
+    kernel = "numpy" if step.kernel is None else step.kernel.__name__
+    row: dict[str, Any] = {"node": step.node.name, "op": step.node.op, "kernel": kernel, "weight": "", "bytes": 0}
+    if step.node.op == "Linear" and (kernel == "numpy" or "linear" in kernel):
+        tensor = model.tensors[step.node.inputs[1]]
+        row["weight"] = f"{tensor.kind} {tensor.shape[0]}x{tensor.shape[1]}"
+        row["bytes"] = tensor.nbytes
+    return row
+
+
+_sessions: "weakref.WeakKeyDictionary[Model, Session]" = weakref.WeakKeyDictionary()
+_sessions_lock = threading.Lock()
+
+
+def session_of(model: Model) -> Session:
+    """Return the default session of a model, built on first use and kept as long as the model lives."""
+    with _sessions_lock:
+        session = _sessions.get(model)
+        if session is None:
+            # A session refers to its model: break the cycle, or the map would keep both alive.
+            session = _sessions[model] = Session(model.replace())
+    return session

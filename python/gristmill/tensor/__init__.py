@@ -1,0 +1,26 @@
+"""The kinds of tensor that a model can hold. All have the same members, so that compression replaces tensors and not nodes."""
+
+from typing import Any
+
+from gristmill.errors import FormatError
+from gristmill.tensor.dense import Dense
+from gristmill.tensor.quantized import Quantized
+from gristmill.tensor.sparse import Sparse
+
+Tensor = Dense | Quantized | Sparse
+
+KINDS: dict[str, type[Dense] | type[Quantized] | type[Sparse]] = {kind.kind: kind for kind in (Dense, Quantized, Sparse)}
+
+__all__ = ["KINDS", "Dense", "Quantized", "Sparse", "Tensor", "from_parts"]
+
+
+def from_parts(spec: dict[str, Any], parts: dict[str, Any]) -> Tensor:
+    """Rebuild a tensor from its `spec()` and its `parts()`, both untrusted.
+
+    Raises:
+        FormatError: the kind is unknown, a part is missing, or a part has the wrong dtype, shape or content.
+    """
+    kind = spec.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise FormatError(f"unknown tensor kind {kind!r}; this version knows {', '.join(KINDS)}")
+    return KINDS[kind].from_parts(spec, parts)

@@ -1,0 +1,5 @@
+"""Architectures: config -> Model."""
+
+from gristmill.zoo.mlp import mlp
+
+__all__ = ["mlp"]
