@@ -1,6 +1,6 @@
 """Benchmark every kernel case on one core, as a percentage of the physical limit measured in the same run.
 
-    pytest benchmarks/bench_kernels.py --benchmark-columns=min,median,rounds
+pytest benchmarks/bench_kernels.py --benchmark-columns=min,median,rounds
 """
 
 import sys

@@ -44,12 +44,31 @@ def sgd_step(params: Array, grads: Array, learning_rate: float, weight_decay: fl
     """g = clip * grads + weight_decay * params; params -= learning_rate * g. `clip` is the factor that the global norm gave."""
 
 def momentum_step(
-    params: Array, grads: Array, velocity: Array, learning_rate: float, momentum: float, dampening: float, nesterov: bool,
-    weight_decay: float, clip: float, threads: int = 1,
+    params: Array,
+    grads: Array,
+    velocity: Array,
+    learning_rate: float,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    weight_decay: float,
+    clip: float,
+    threads: int = 1,
 ) -> None: ...
 def adam_step(
-    params: Array, grads: Array, first: Array, second: Array, learning_rate: float, beta1: float, beta2: float, epsilon: float,
-    weight_decay: float, decoupled: bool, step: int, clip: float, threads: int = 1,
+    params: Array,
+    grads: Array,
+    first: Array,
+    second: Array,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+    decoupled: bool,
+    step: int,
+    clip: float,
+    threads: int = 1,
 ) -> None:
     """Adam (decoupled=False: decay added to the gradient) or AdamW (decoupled=True); `step` counts from 1, as torch does."""
 
@@ -66,8 +85,14 @@ def linear_scratch(m: int, n: int, k: int, threads: int) -> int:
     """Bytes of scratch that any of the three dense products of these sizes needs."""
 
 def linear(
-    program: Program, x: Array, weight: PackedDense | Weight, out: Array, bias: Array | None, activation: str | None,
-    residual: Array | None, scratch: Array,
+    program: Program,
+    x: Array,
+    weight: PackedDense | Weight,
+    out: Array,
+    bias: Array | None,
+    activation: str | None,
+    residual: Array | None,
+    scratch: Array,
 ) -> None:
     """out[M,N] = activation(x[M,K] @ weight[N,K].T + bias[N]) + residual[M,N]; a Weight is read in place at every run."""
 
@@ -95,7 +120,13 @@ def column_sum(program: Program, x: Array, out: Array) -> None:
 
 def layer_norm(program: Program, x: Array, gamma: Array | None, beta: Array | None, epsilon: float, out: Array) -> None: ...
 def layer_norm_grad(
-    program: Program, dy: Array, x: Array, gamma: Array | None, epsilon: float, dx: Array, dgamma: Array | None,
+    program: Program,
+    dy: Array,
+    x: Array,
+    gamma: Array | None,
+    epsilon: float,
+    dx: Array,
+    dgamma: Array | None,
     dbeta: Array | None,
 ) -> None: ...
 def softmax(program: Program, x: Array, out: Array) -> None: ...
@@ -112,7 +143,13 @@ def distillation(
     """loss = alpha T^2 mean KL(softmax(teacher/T) || softmax(logits/T)) + (1 - alpha) mean cross entropy (Hinton et al. 2015)."""
 
 def distillation_grad(
-    program: Program, dloss: Array, logits: Array, teacher: Array, labels: Array, temperature: float, alpha: float,
+    program: Program,
+    dloss: Array,
+    logits: Array,
+    teacher: Array,
+    labels: Array,
+    temperature: float,
+    alpha: float,
     dlogits: Array,
 ) -> None: ...
 def transpose(program: Program, x: Array, out: Array) -> None:
@@ -140,8 +177,16 @@ class PackedInt8:
 
 def pack_int8(weight: Weight, threads: int = 1) -> PackedInt8: ...
 def linear_int8(
-    program: Program, codes: Array, scales: Array, m: int, weight: PackedInt8, weight_scale: Array, out: Array,
-    bias: Array | None, activation: str | None, residual: Array | None,
+    program: Program,
+    codes: Array,
+    scales: Array,
+    m: int,
+    weight: PackedInt8,
+    weight_scale: Array,
+    out: Array,
+    bias: Array | None,
+    activation: str | None,
+    residual: Array | None,
 ) -> None:
     """out[M,N] = activation(acc * (scales[m] * weight_scale[n]) + bias[n]) + residual; weight_scale is read at every run."""
 
@@ -170,13 +215,26 @@ class PackedBlocks:
 
 def pack_sparse(weight: Weight, threads: int = 1) -> PackedBlocks: ...
 def sparse_linear(
-    program: Program, x: Array, weight: PackedBlocks | Weight, out: Array, bias: Array | None, activation: str | None,
+    program: Program,
+    x: Array,
+    weight: PackedBlocks | Weight,
+    out: Array,
+    bias: Array | None,
+    activation: str | None,
     residual: Array | None,
 ) -> None:
     """Lanes in, lanes out: out[N,M] = activation(weight[N,K] @ x[K,M] + bias) + residual[N,M], float32 blocks [r, c]."""
 
 def sparse_linear_int8(
-    program: Program, codes: Array, scales: Array, m: int, weight: PackedBlocks, weight_scale: Array, out: Array,
-    bias: Array | None, activation: str | None, residual: Array | None,
+    program: Program,
+    codes: Array,
+    scales: Array,
+    m: int,
+    weight: PackedBlocks,
+    weight_scale: Array,
+    out: Array,
+    bias: Array | None,
+    activation: str | None,
+    residual: Array | None,
 ) -> None:
     """The same from a "lanes" panel of quantised activations; blocks [r, 4]; weight_scale is read at every run."""

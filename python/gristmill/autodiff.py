@@ -32,9 +32,7 @@ class _Tape:
         self.nodes: list[Node] = []
         self.gradients: dict[str, str] = {}
 
-    def emit(
-        self, op: str, inputs: Sequence[str], attributes: Mapping[str, Any] | None = None, domain: str = GRAD
-    ) -> str:
+    def emit(self, op: str, inputs: Sequence[str], attributes: Mapping[str, Any] | None = None, domain: str = GRAD) -> str:
         name = f"gradient.{len(self.nodes)}.{op}"
         self.nodes.append(Node(op, tuple(inputs), (name,), attributes or {}, domain))
         return name
@@ -96,7 +94,7 @@ def _assemble(model: Model, loss: str, wrt: list[str], tape: _Tape) -> Model:
     if len(final) < len(wrt):
         raise ModelError(f"two of {wrt} share one gradient; give each its own tensor")
     rename = [
-        Node(n.op, [final.get(i, i) for i in n.inputs], [final.get(o, o) for o in n.outputs], n.attributes, n.domain)
+        Node(n.op, tuple(final.get(i, i) for i in n.inputs), tuple(final.get(o, o) for o in n.outputs), n.attributes, n.domain)
         for n in tape.nodes
     ]
     nodes = (*_leading_to(model, loss), *rename)

@@ -70,7 +70,11 @@ class Model:
         for key, value in node.attributes.items():
             need(key in op.attributes, node, f"unknown attribute {key!r}; known: {sorted(op.attributes)}")
             wanted = op.attributes[key]
-            need(isinstance(value, wanted) and not isinstance(value, bool), node, f"attribute {key} must be {wanted}, got {value!r}")
+            need(
+                isinstance(value, wanted) and not isinstance(value, bool),
+                node,
+                f"attribute {key} must be {wanted}, got {value!r}",
+            )
         constants = [self.tensors.get(name) for name in node.inputs]
         inferred = op.infer(node, [types[name] if name else None for name in node.inputs], constants)
         need(len(inferred) == len(node.outputs), node, f"makes {len(inferred)} outputs, {len(node.outputs)} are named")

@@ -140,8 +140,19 @@ class Adam(Optimizer):
 
     def update(self, params: Array, grads: Array, state: State, step: int, squares: float = 0.0, threads: int = 1) -> None:
         _core.adam_step(
-            params, grads, state["first"], state["second"], self.rate(step), self.beta1, self.beta2, self.epsilon,
-            self.weight_decay, isinstance(self, AdamW), step, self.clip(squares), threads,
+            params,
+            grads,
+            state["first"],
+            state["second"],
+            self.rate(step),
+            self.beta1,
+            self.beta2,
+            self.epsilon,
+            self.weight_decay,
+            isinstance(self, AdamW),
+            step,
+            self.clip(squares),
+            threads,
         )
 
 

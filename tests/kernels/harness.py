@@ -44,7 +44,9 @@ def call(case: Case, inputs: Arrays, threads: int = 1) -> Arrays:
     for name, guard in guarded.items():
         assert guard.intact(), f"{case.name}: wrote outside {name}"
     for name, value in before.items():
-        assert np.array_equal(value.view(np.uint8), inputs[name].view(np.uint8)) if value.size else True, f"{case.name}: changed {name}"
+        assert np.array_equal(value.view(np.uint8), inputs[name].view(np.uint8)) if value.size else True, (
+            f"{case.name}: changed {name}"
+        )
     return {name: guard.array for name, guard in guarded.items()}
 
 

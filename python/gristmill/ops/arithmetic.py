@@ -17,7 +17,8 @@ def broadcast(node: Node, a: TensorType, b: TensorType) -> TensorType:
     left: tuple[Dim, ...] = (1,) * (rank - len(a.shape)) + a.shape
     right: tuple[Dim, ...] = (1,) * (rank - len(b.shape)) + b.shape
     need(
-        all(x == y or x == 1 or y == 1 for x, y in zip(left, right, strict=True)), node,
+        all(x == y or x == 1 or y == 1 for x, y in zip(left, right, strict=True)),
+        node,
         f"'{node.inputs[0]}' is {a} and '{node.inputs[1]}' is {b}: the shapes do not broadcast",
     )
     need(a.dtype == b.dtype, node, f"'{node.inputs[0]}' is {a} and '{node.inputs[1]}' is {b}: the dtypes differ")

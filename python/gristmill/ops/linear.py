@@ -31,14 +31,17 @@ class Linear(Op):
         need(len(weight.shape) == 2 and len(x.shape) >= 1, node, f"cannot multiply {x} by a weight {weight}")
         n, k = weight.shape
         need(
-            same_dim(x.shape[-1], k), node,
+            same_dim(x.shape[-1], k),
+            node,
             f"x '{node.inputs[0]}' is {x} but weight '{node.inputs[1]}' is {weight}: the last dimensions must be equal",
         )
         out = TensorType(x.dtype, (*x.shape[:-1], n))
         bias = types[2] if len(types) > 2 else None
         need(bias is None or bias.shape == (n,), node, f"bias '{node.input(2)}' is {bias} but the weight gives {n} outputs")
         residual = types[3] if len(types) > 3 else None
-        need(residual is None or len(residual.shape) == len(out.shape), node, f"residual {residual} does not fit the output {out}")
+        need(
+            residual is None or len(residual.shape) == len(out.shape), node, f"residual {residual} does not fit the output {out}"
+        )
         return [out]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
@@ -68,7 +71,8 @@ def bind_dense(node: Node, binder: Binder) -> None:
     x, residual, out = matrices(node, binder, "rows")
     weight = node.inputs[1]
     source = binder.weight(weight) if binder.trains(weight) else binder.packed(weight, _core.pack_dense)
-    scratch = binder.scratch(_core.linear_scratch(*x.shape[:1], *source.shape, binder.threads))
+    n, k = source.shape
+    scratch = binder.scratch(_core.linear_scratch(x.shape[0], n, k, binder.threads))
     binder.step(_core.linear, x, source, out, *epilogue(node, binder, residual), scratch)
 
 

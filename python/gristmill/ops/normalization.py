@@ -37,7 +37,9 @@ class LayerNormalization(Op):
         assert x is not None
         last_axis(node, x, -1)
         for value in types[1:]:
-            need(value is None or value.shape == x.shape[-1:], node, f"scale and bias must have shape {x.shape[-1:]}, got {value}")
+            need(
+                value is None or value.shape == x.shape[-1:], node, f"scale and bias must have shape {x.shape[-1:]}, got {value}"
+            )
         return [x]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:

@@ -61,9 +61,7 @@ def place(buffers: Sequence[Buffer]) -> int:
     placed: list[Buffer] = []
     total = 0
     for buffer in sorted(buffers, key=lambda b: (-b.nbytes, b.first)):
-        neighbours = sorted(
-            (b for b in placed if b.first <= buffer.last and buffer.first <= b.last), key=lambda b: b.offset
-        )
+        neighbours = sorted((b for b in placed if b.first <= buffer.last and buffer.first <= b.last), key=lambda b: b.offset)
         offset = 0
         for other in neighbours:
             if offset + buffer.nbytes <= other.offset:

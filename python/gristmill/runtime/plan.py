@@ -71,8 +71,14 @@ class Layout:
     """The first pass: steps over unplaced buffers. Implements `ops.op.Binder`."""
 
     def __init__(
-        self, model: Model, types: Mapping[str, TensorType], weights: Weights, threads: int,
-        trainable: Mapping[str, Array], outputs: Mapping[str, Array], reference: bool,
+        self,
+        model: Model,
+        types: Mapping[str, TensorType],
+        weights: Weights,
+        threads: int,
+        trainable: Mapping[str, Array],
+        outputs: Mapping[str, Array],
+        reference: bool,
     ) -> None:
         self.model, self.types, self.weights, self.threads = model, types, weights, threads
         self.trainable, self.bound = trainable, outputs
@@ -166,10 +172,8 @@ class Layout:
         return Buffer(shape, dtype, self.bound.get(name))
 
     def _constant(self, name: str) -> Buffer:
-        if name in self.trainable:
-            array = self.trainable[name]
-        else:
-            array = np.ascontiguousarray(self.model.tensors[name].dense())
+        trained = self.trainable.get(name)
+        array = np.ascontiguousarray(self.model.tensors[name].dense()) if trained is None else trained
         return Buffer(array.shape, array.dtype, array)
 
     def _refer(self, node: Node) -> None:

@@ -48,8 +48,13 @@ class Session:
     """
 
     def __init__(
-        self, model: Model, threads: int | None = None, precision: str | None = None, *,
-        trainable: Mapping[str, Array] | None = None, reference: bool = False,
+        self,
+        model: Model,
+        threads: int | None = None,
+        precision: str | None = None,
+        *,
+        trainable: Mapping[str, Array] | None = None,
+        reference: bool = False,
     ) -> None:
         if precision not in PRECISIONS:
             raise ModelError(f"unknown precision {precision!r}; choose one of {PRECISIONS}")
@@ -153,7 +158,8 @@ class Session:
             array = inputs[name]
             if not isinstance(array, np.ndarray) or array.dtype != kind.dtype:
                 found = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
-                raise ModelError(f"input '{name}' must be a {kind.dtype} array, got {found}; convert it with np.asarray(..., np.{kind.dtype})")
+                remedy = f"convert it with np.asarray(..., np.{kind.dtype})"
+                raise ModelError(f"input '{name}' must be a {kind.dtype} array, got {found}; {remedy}")
             if len(array.shape) != len(kind.shape) or not _matches(array.shape, kind.shape, symbols):
                 known = f" (with {symbols})" if symbols else ""
                 raise ModelError(f"input '{name}' has shape {array.shape}, the model takes {kind}{known}")
@@ -170,15 +176,19 @@ class Session:
 
 
 def _matches(shape: tuple[int, ...], wanted: tuple[int | str, ...], symbols: dict[str, int]) -> bool:
-    return all(have == (symbols.setdefault(want, have) if isinstance(want, str) else want) for have, want in zip(shape, wanted, strict=True))
+    pairs = zip(shape, wanted, strict=True)
+    return all(have == (symbols.setdefault(want, have) if isinstance(want, str) else want) for have, want in pairs)
 
 
 def _check_trainable(model: Model, name: str, array: Array) -> None:
     if name not in model.tensors:
         raise ModelError(f"trainable '{name}' is no tensor of the model; it has {sorted(model.tensors)}")
     wanted = model.tensors[name].trainable
-    if array.dtype != np.float32 or wanted.dtype != np.float32 or array.shape != wanted.shape or not array.flags.c_contiguous:
-        raise ModelError(f"trainable '{name}' must be a contiguous float32 array of shape {wanted.shape}, got {array.dtype} {array.shape}")
+    fits = array.dtype == wanted.dtype == np.float32 and array.shape == wanted.shape and array.flags.c_contiguous
+    if not fits:
+        raise ModelError(
+            f"trainable '{name}' must be a contiguous float32 array of shape {wanted.shape}, got {array.dtype} {array.shape}"
+        )
 
 
 def _quantized(model: Model, trainable: Mapping[str, Array]) -> Model:

@@ -40,8 +40,7 @@ def matrix_shape(spec: Mapping[str, Any]) -> tuple[int, int]:
         FormatError: it is not two positive integers of a sane size.
     """
     shape = spec.get("shape")
-    sane = isinstance(shape, (list, tuple)) and len(shape) == 2 and all(type(d) is int and 0 < d < 2**31 for d in shape)
-    if not sane:
+    if not (isinstance(shape, (list, tuple)) and len(shape) == 2 and all(type(d) is int and 0 < d < 2**31 for d in shape)):
         raise FormatError(f"shape {shape!r} is not two positive integers")
     return int(shape[0]), int(shape[1])
 

@@ -1,6 +1,7 @@
 """The multi-layer perceptron."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import sqrt
 
 import numpy as np
@@ -10,7 +11,13 @@ from gristmill.model import Model
 from gristmill.ops import OWN, Node, TensorType
 from gristmill.tensor import Dense, Tensor
 
-ACTIVATIONS = {"relu": ("Relu", 2.0), "gelu": ("Gelu", 2.0), "tanh": ("Tanh", 1.0), "sigmoid": ("Sigmoid", 1.0), "silu": ("Swish", 2.0)}
+ACTIVATIONS = {
+    "relu": ("Relu", 2.0),
+    "gelu": ("Gelu", 2.0),
+    "tanh": ("Tanh", 1.0),
+    "sigmoid": ("Sigmoid", 1.0),
+    "silu": ("Swish", 2.0),
+}
 
 
 def mlp(sizes: Sequence[int], activation: str = "relu", seed: int = 0, layer_norm: bool = False) -> Model:
@@ -40,7 +47,7 @@ def mlp(sizes: Sequence[int], activation: str = "relu", seed: int = 0, layer_nor
     nodes: list[Node] = []
     tensors: dict[str, Tensor] = {}
     value, last = "x", len(sizes) - 2
-    for layer, (k, n) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for layer, (k, n) in enumerate(pairwise(sizes)):
         weight, bias = f"layer{layer}.weight", f"layer{layer}.bias"
         tensors[weight] = Dense((rng.standard_normal((n, k)) * sqrt(gain / k)).astype(np.float32))
         tensors[bias] = Dense(np.zeros(n, np.float32))
