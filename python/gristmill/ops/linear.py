@@ -70,8 +70,8 @@ class Linear(Op):
 def bind_dense(node: Node, binder: Binder) -> None:
     x, residual, out = matrices(node, binder, "rows")
     weight = node.inputs[1]
-    source = binder.weight(weight) if binder.trains(weight) else binder.packed(weight, _core.pack_dense)
-    n, k = source.shape
+    source = binder.weight(weight) if reads_in_place(node, binder) else binder.packed(weight, _core.pack_dense)
+    n, k = binder.tensor(weight).shape
     scratch = binder.scratch(_core.linear_scratch(x.shape[0], n, k, binder.threads))
     binder.step(_core.linear, x, source, out, *epilogue(node, binder, residual), scratch)
 
@@ -97,7 +97,7 @@ def bind_sparse(node: Node, binder: Binder) -> None:
         )
         return
     x, residual, out = matrices(node, binder, "lanes")
-    source = binder.weight(weight) if binder.trains(weight) else binder.packed(weight, _core.pack_sparse)
+    source = binder.weight(weight) if reads_in_place(node, binder) else binder.packed(weight, _core.pack_sparse)
     binder.step(_core.sparse_linear, x, source, out, *epilogue(node, binder, residual))
 
 
@@ -106,6 +106,11 @@ KERNELS: dict[str, Callable[[Node, Binder], None]] = {
     "quantized": bind_quantized,
     "sparse": bind_sparse,
 }
+
+
+def reads_in_place(node: Node, binder: Binder) -> bool:
+    """Whether the kernel must read the weight at every run: because it trains, or because memory is tight."""
+    return binder.in_place or binder.trains(node.inputs[1])
 
 
 def matrices(node: Node, binder: Binder, layout: str) -> tuple[Any, Any, Any]:

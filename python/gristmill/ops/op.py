@@ -81,6 +81,7 @@ class Binder(Protocol):
     """What an operator may ask of the plan that binds it; `runtime.plan` implements it."""
 
     threads: int
+    in_place: bool  # read weights where they are rather than keep packed copies
 
     def rows(self, name: str) -> Buffer: ...
     def lanes(self, name: str) -> Buffer: ...
