@@ -37,7 +37,8 @@ class Elementwise(Op):
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         a, b = types
-        assert a is not None and b is not None
+        assert a is not None
+        assert b is not None
         return [broadcast(node, a, b)]
 
     def bind(self, node: Node, binder: Binder) -> bool:

@@ -26,7 +26,8 @@ class Linear(Op):
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         x, weight = types[0], types[1]
-        assert x is not None and weight is not None
+        assert x is not None
+        assert weight is not None
         need(constants[1] is not None, node, f"its weight '{node.inputs[1]}' must be a tensor of the model")
         need(len(weight.shape) == 2 and len(x.shape) >= 1, node, f"cannot multiply {x} by a weight {weight}")
         n, k = weight.shape
@@ -145,7 +146,8 @@ class LinearGradInput(Op):
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         dy, weight = types
-        assert dy is not None and weight is not None
+        assert dy is not None
+        assert weight is not None
         return [TensorType(dy.dtype, (*dy.shape[:-1], weight.shape[1]))]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:

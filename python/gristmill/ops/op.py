@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
@@ -23,6 +24,15 @@ class TensorType:
 
     dtype: np.dtype[Any]
     shape: tuple[Dim, ...]
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """The shape where no dimension is symbolic."""
+        return tuple(int(dim) for dim in self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.extents) * self.dtype.itemsize
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"

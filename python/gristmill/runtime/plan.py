@@ -170,7 +170,7 @@ class Layout:
     # ---- inner ----
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(dim) for dim in self.types[name].shape)
+        return self.types[name].extents
 
     def _fresh(self, name: str, layout: str) -> Buffer:
         shape, dtype = self._shape(name), self.types[name].dtype
