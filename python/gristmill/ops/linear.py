@@ -170,6 +170,7 @@ class LinearGradWeight(Op):
     name = "LinearGradWeight"
     domain = GRAD
     arity = (3, 3)
+    tensor_inputs = (2,)
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         need(constants[2] is not None, node, "its weight must be a tensor of the model")

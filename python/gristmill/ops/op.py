@@ -84,6 +84,8 @@ class Buffer(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
     def reshape(self, *shape: int) -> "Buffer": ...
 
 
@@ -115,6 +117,7 @@ class Op:
     arity: ClassVar[tuple[int, int]]  # fewest and most inputs
     attributes: ClassVar[Mapping[str, type | tuple[type, ...]]] = {}  # allowed attributes and their types
     differentiable: ClassVar[bool] = False
+    tensor_inputs: ClassVar[tuple[int, ...]] = ()  # constants that `reference` takes as tensors, for their kind matters
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         """Return the types of the outputs.
@@ -125,7 +128,7 @@ class Op:
         raise NotImplementedError
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        """Compute the outputs with NumPy. Constants of `LinearGradWeight` arrive as tensors, all else as arrays."""
+        """Compute the outputs with NumPy. Inputs are arrays, but for those that `tensor_inputs` lists."""
         raise NotImplementedError
 
     def gradient(self, node: Node, tape: Tape, dy: str) -> None:

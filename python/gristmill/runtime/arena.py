@@ -19,7 +19,7 @@ class Buffer:
 
     def __init__(self, shape: Sequence[int], dtype: Any, array: Array | None = None, base: "Buffer | None" = None) -> None:
         self.shape = tuple(shape)
-        self.dtype = np.dtype(dtype)
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
         self._array = array
         self.base = base  # what this is another shape of
         self.first, self.last = FOREVER, -1

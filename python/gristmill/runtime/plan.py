@@ -186,9 +186,10 @@ class Layout:
     def _refer(self, node: Node) -> None:
         """Leave a node to NumPy: its inputs as arrays, a weight whose kind matters as a tensor."""
         args: list[Any] = []
-        for name in node.inputs:
+        tensors_at = find(node).tensor_inputs
+        for index, name in enumerate(node.inputs):
             if name in self.model.tensors:
-                args.append(self._evaluator(name, whole=node.op != "LinearGradWeight"))
+                args.append(self._evaluator(name, whole=index not in tensors_at))
             else:
                 args.append(self.rows(name) if name else None)
         outputs = tuple(self.output(name) for name in node.outputs)
