@@ -74,7 +74,9 @@ def test_gradient_agrees_with_torch(graph):
         for name in graph.wrt:
             want = stored[f"{graph.name}/{name}"]
             atol = 2e-5 * float(np.abs(want).max())
-            np.testing.assert_allclose(result[autodiff.gradient_name(name)], want, rtol=0, atol=atol, err_msg=f"{graph.name}: {name}")
+            np.testing.assert_allclose(
+                result[autodiff.gradient_name(name)], want, rtol=0, atol=atol, err_msg=f"{graph.name}: {name}"
+            )
 
 
 def test_every_differentiable_operator_has_a_graph():
