@@ -4,8 +4,9 @@ import ast
 import re
 from pathlib import Path
 
-import gristmill
 import pytest
+
+import gristmill
 
 ROOT = Path(gristmill.__file__).parent
 SOURCES = Path(__file__).parents[1] / "src" / "fastcore"

@@ -2,9 +2,10 @@
 
 import json
 
-import gristmill as gm
 import numpy as np
 import pytest
+
+import gristmill as gm
 from gristmill.errors import DataError, ModelError
 from gristmill.runtime.session import Session
 

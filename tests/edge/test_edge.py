@@ -3,9 +3,10 @@
 import subprocess
 import sys
 
-import gristmill as gm
 import numpy as np
 import pytest
+
+import gristmill as gm
 from gristmill.edge.trainer import parse_bytes
 from gristmill.errors import BudgetError, DataError, DivergedError, ModelError
 

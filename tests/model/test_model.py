@@ -3,9 +3,10 @@
 import gc
 import weakref
 
-import gristmill as gm
 import numpy as np
 import pytest
+
+import gristmill as gm
 from gristmill.errors import ModelError
 from gristmill.model import Model
 from gristmill.ops import OWN, Node, TensorType

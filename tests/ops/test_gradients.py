@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from gristmill import autodiff
 from gristmill.ops import OPS
 from gristmill.runtime.session import Session
 from gristmill.tensor import Dense
-
 from ops.graphs import GRAPHS, INT8_GRAPHS
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "gradients.npz"

@@ -2,17 +2,18 @@
 
 import threading
 
-import gristmill as gm
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gristmill as gm
 from gristmill import _core, autodiff, losses
 from gristmill.errors import BudgetError, ModelError
 from gristmill.ops import Node
 from gristmill.runtime.arena import Buffer, Memory, place
 from gristmill.runtime.fuse import fuse
 from gristmill.runtime.session import Session
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 @pytest.fixture

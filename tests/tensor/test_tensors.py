@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from gristmill import tensor
 from gristmill.errors import FormatError, ModelError
 from gristmill.tensor import Dense, Quantized, Sparse
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def matrix(n, k, seed=0):
