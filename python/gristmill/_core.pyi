@@ -39,9 +39,9 @@ def has_threads() -> bool: ...
 def weighted_sum(inputs: Sequence[Array], weights: Sequence[float], out: Array, threads: int = 1) -> tuple[float, bool]:
     """out = sum of weights[i] * inputs[i] in the fixed binary tree; returns (sum of squares of out in float64, all finite).
 
-    Every product is rounded, then n inputs are added by splitting at the largest power of two below n. So if all aligned groups of
-    2**k inputs (a last one may be shorter) were added beforehand, their sums with weights of 1 give the same bits. `out` may be one of
-    the inputs; a partial overlap is refused. The sum of squares has the same bits on every instruction set too.
+    Every product is rounded, then n inputs are added by splitting at the largest power of two below n. So if all aligned groups
+    of 2**k inputs (the last may be shorter) were added beforehand, their sums with weights of 1 give the same bits. `out` may be
+    one of the inputs; a partial overlap is refused. The sum of squares has the same bits on every instruction set too.
     """
 
 def sum_of_squares(x: Array, threads: int = 1) -> tuple[float, bool]:
@@ -57,7 +57,8 @@ def momentum_step(
     params: Array, grads: Array, velocity: Array, learning_rate: float, momentum: float, dampening: float, nesterov: bool,
     weight_decay: float, clip: float, threads: int = 1,
 ) -> None:
-    """velocity = momentum * velocity + (1 - dampening) * g; params -= learning_rate * (g + momentum * velocity if nesterov else velocity).
+    """velocity = momentum * velocity + (1 - dampening) * g; params -= learning_rate * velocity, or with `nesterov` times
+    (g + momentum * velocity).
 
     torch starts the velocity as the undamped gradient: for the same, pass zeros and dampening = 0 at the first step.
     """

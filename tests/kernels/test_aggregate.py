@@ -260,8 +260,8 @@ def test_steps_agree_with_torch(level, name):
     data = golden()
     options = json.loads(str(data["configurations"]))[name]
     stepper = Stepper(data["start"], options)
-    # A step rounds fewer than 16 times on the way to the parameter. It takes at most lr times the largest gradient (SGD;
-    # with momentum the sum of as many as there were steps) or a few lr (Adam). The reference is float64.
+    # A step rounds fewer than 16 times on the way to the parameter. It takes at most lr times the largest gradient
+    # (SGD; with momentum times the number of steps so far) or a few lr (Adam). The reference is float64.
     largest = np.abs(data["grads"]).max(0) + np.abs(data["start"])
     for number, (grads, wanted) in enumerate(zip(data["grads"], data[name], strict=True), 1):
         stepper.step(number, grads)

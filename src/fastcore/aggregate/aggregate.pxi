@@ -95,6 +95,7 @@ def weighted_sum(inputs, weights, out, int threads=1):
     cdef float *factors = NULL
     cdef int64_t i
     memset(&args, 0, sizeof(args))
+    inputs = tuple(inputs)  # held while C reads them, whatever kind of sequence made them
     args.out = floats(out, "out", None, True)
     args.length, args.count = len(out), len(inputs)
     if args.count < 1 or len(weights) != args.count:
