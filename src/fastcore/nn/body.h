@@ -13,7 +13,9 @@
 /* The next loop's iterations are independent even where its pointers are equal: without this an in-place call runs scalar. */
 #if defined(__clang__)
 #define FC_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#define FC_LANES_AT_ONCE
 #else
+#define FC_LANES_AT_ONCE _Pragma("GCC unroll 1")
 #define FC_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
@@ -33,21 +35,6 @@ FC_INLINE float fold_maximum(const float *lanes) {
     for (int l = 0; l < 8; l++) a[l] = larger(lanes[l], lanes[l + 8]);
     for (int l = 0; l < 4; l++) b[l] = larger(a[l], a[l + 4]);
     return larger(larger(b[0], b[2]), larger(b[1], b[3]));
-}
-
-/* lanes = the 16 floats at x, or the `left` < 16 that are there and `fill`. */
-FC_INLINE void load_block(const float *x, int64_t left, float fill, float *lanes) {
-    if (left >= LANES)
-        for (int l = 0; l < LANES; l++) lanes[l] = x[l];
-    else
-        load_part(x, (int)left, fill, lanes);
-}
-
-FC_INLINE void store_block(float *x, int64_t left, const float *lanes) {
-    if (left >= LANES)
-        for (int l = 0; l < LANES; l++) x[l] = lanes[l];
-    else
-        store_part(x, (int)left, lanes);
 }
 
 /* ---- elementwise ---- */
@@ -107,13 +94,19 @@ FC_INLINE void scaled_difference_body(const float *a, const float *b, float fact
     for (int64_t i = 0; i < n; i++) out[i] = factor * (a[i] - b[i]);
 }
 
+FC_INLINE void add_square(const float *a, const float *b, float *sum) {
+    FC_LANES_AT_ONCE
+    for (int l = 0; l < LANES; l++) sum[l] = fc_fma(a[l] - b[l], a[l] - b[l], sum[l]);
+}
+
 FC_INLINE float squared_error_body(const float *a, const float *b, int64_t n) {
-    float sum[LANES] = {0};
-    for (int64_t i = 0; i < n; i += LANES) {
-        float u[LANES], v[LANES];
-        load_block(a + i, n - i, 0.0f, u);
-        load_block(b + i, n - i, 0.0f, v);
-        for (int l = 0; l < LANES; l++) sum[l] = fc_fma(u[l] - v[l], u[l] - v[l], sum[l]);
+    float sum[LANES] = {0}, u[LANES], v[LANES];
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) add_square(a + i, b + i, sum);
+    if (i < n) {
+        load_part(a + i, (int)(n - i), 0.0f, u);
+        load_part(b + i, (int)(n - i), 0.0f, v);
+        add_square(u, v, sum);
     }
     return fold_sum(sum);
 }
@@ -155,17 +148,30 @@ FC_INLINE void layer_norm_gamma_body(const float *dy, const float *x, const floa
 
 /* ---- layer normalisation ---- */
 
+FC_INLINE void add_value(const float *x, float *sum) {
+    FC_LANES_AT_ONCE
+    for (int l = 0; l < LANES; l++) sum[l] += x[l];
+}
+
+FC_INLINE void add_deviation(const float *x, float mean, float *sum) {
+    FC_LANES_AT_ONCE
+    for (int l = 0; l < LANES; l++) sum[l] = fc_fma(x[l] - mean, x[l] - mean, sum[l]);
+}
+
 /* The mean, then the mean square of what is left: two passes over a row that the first brought into L1. */
 FC_INLINE void row_stats(const float *x, int64_t n, float epsilon, float *mean, float *inverse) {
-    float sum[LANES] = {0}, square[LANES] = {0}, v[LANES];
-    for (int64_t i = 0; i < n; i += LANES) {
-        load_block(x + i, n - i, 0.0f, v);
-        for (int l = 0; l < LANES; l++) sum[l] += v[l];
+    float sum[LANES] = {0}, square[LANES] = {0}, part[LANES];
+    const int64_t whole = n / LANES * LANES;
+    for (int64_t i = 0; i < whole; i += LANES) add_value(x + i, sum);
+    if (whole < n) {
+        load_part(x + whole, (int)(n - whole), 0.0f, part);
+        add_value(part, sum);
     }
     const float m = fold_sum(sum) / (float)n;
-    for (int64_t i = 0; i < n; i += LANES) {
-        load_block(x + i, n - i, m, v);
-        for (int l = 0; l < LANES; l++) square[l] = fc_fma(v[l] - m, v[l] - m, square[l]);
+    for (int64_t i = 0; i < whole; i += LANES) add_deviation(x + i, m, square);
+    if (whole < n) {
+        load_part(x + whole, (int)(n - whole), m, part);
+        add_deviation(part, m, square);
     }
     *mean = m;
     *inverse = 1.0f / __builtin_sqrtf(fold_sum(square) / (float)n + epsilon);
@@ -181,20 +187,34 @@ FC_INLINE void layer_norm_body(const float *x, int64_t rows, int64_t n, const fl
     }
 }
 
+/* sum += g and dot += g * (x - mean) * inverse, where g = dy * gamma. */
+FC_INLINE void add_projections(const float *dy, const float *gamma, const float *x, float mean, float inverse, float *sum,
+                               float *dot) {
+    FC_LANES_AT_ONCE
+    for (int l = 0; l < LANES; l++) {
+        const float g = dy[l] * gamma[l];
+        sum[l] += g;
+        dot[l] = fc_fma(g, (x[l] - mean) * inverse, dot[l]);
+    }
+}
+
 FC_INLINE void layer_norm_grad_body(const float *dy, const float *x, int64_t rows, int64_t n, const float *gamma, float epsilon,
                                     float *dx, float *stats) {
+    const int64_t whole = n / LANES * LANES;
+    const int left = (int)(n - whole);
+    float ones[LANES], d[LANES], v[LANES], w[LANES];
+    FC_LANES_AT_ONCE
+    for (int l = 0; l < LANES; l++) ones[l] = w[l] = 1.0f;
     for (int64_t r = 0; r < rows; r++, x += n, dy += n, dx += n) {
-        float mean, inverse, sum[LANES] = {0}, dot[LANES] = {0}, g[LANES], v[LANES], w[LANES];
+        float mean, inverse, sum[LANES] = {0}, dot[LANES] = {0};
         row_stats(x, n, epsilon, &mean, &inverse);
-        for (int64_t i = 0; i < n; i += LANES) {
-            load_block(dy + i, n - i, 0.0f, g);
-            load_block(x + i, n - i, mean, v);
-            if (gamma) {
-                load_block(gamma + i, n - i, 0.0f, w);
-                for (int l = 0; l < LANES; l++) g[l] *= w[l];
-            }
-            for (int l = 0; l < LANES; l++) sum[l] += g[l];
-            for (int l = 0; l < LANES; l++) dot[l] = fc_fma(g[l], (v[l] - mean) * inverse, dot[l]);
+        for (int64_t i = 0; i < whole; i += LANES)
+            add_projections(dy + i, gamma ? gamma + i : ones, x + i, mean, inverse, sum, dot);
+        if (left) {
+            load_part(dy + whole, left, 0.0f, d);
+            load_part(x + whole, left, mean, v);
+            if (gamma) load_part(gamma + whole, left, 0.0f, w);
+            add_projections(d, w, v, mean, inverse, sum, dot);
         }
         const float mean_g = fold_sum(sum) / (float)n, mean_dot = fold_sum(dot) / (float)n;
         FC_INDEPENDENT
@@ -208,25 +228,45 @@ FC_INLINE void layer_norm_grad_body(const float *dy, const float *x, int64_t row
 
 /* ---- softmax and what is built on it ---- */
 
+FC_INLINE void raise_to(const float *x, float *top) {
+    FC_LANES_AT_ONCE
+    for (int l = 0; l < LANES; l++) top[l] = larger(x[l], top[l]);
+}
+
 /* NaN is passed over here; its exp makes the sum NaN. */
 FC_INLINE float row_maximum(const float *x, int64_t n) {
-    float top[LANES], v[LANES];
+    float top[LANES], part[LANES];
+    int64_t i = 0;
+    FC_LANES_AT_ONCE
     for (int l = 0; l < LANES; l++) top[l] = -__builtin_inff();
-    for (int64_t i = 0; i < n; i += LANES) {
-        load_block(x + i, n - i, -__builtin_inff(), v);
-        for (int l = 0; l < LANES; l++) top[l] = larger(v[l], top[l]);
+    for (; i + LANES <= n; i += LANES) raise_to(x + i, top);
+    if (i < n) {
+        load_part(x + i, (int)(n - i), -__builtin_inff(), part);
+        raise_to(part, top);
     }
     return fold_maximum(top);
 }
 
-/* The sum of exp(factor * (x - shift)), which is stored too unless `out` is NULL. */
+FC_INLINE void add_exp(const float *x, float shift, float factor, float *sum, float *terms) {
+    FC_LANES_AT_ONCE
+    for (int l = 0; l < LANES; l++) terms[l] = fc_exp(factor * (x[l] - shift));
+    FC_LANES_AT_ONCE
+    for (int l = 0; l < LANES; l++) sum[l] += terms[l];
+}
+
+/* The sum of exp(factor * (x - shift)), whose terms are stored too unless `out` is NULL. */
 FC_INLINE float row_exp(const float *x, int64_t n, float shift, float factor, float *out) {
-    float sum[LANES] = {0}, v[LANES];
-    for (int64_t i = 0; i < n; i += LANES) {
-        load_block(x + i, n - i, -__builtin_inff(), v);
-        for (int l = 0; l < LANES; l++) v[l] = fc_exp(factor * (v[l] - shift));
-        for (int l = 0; l < LANES; l++) sum[l] += v[l];
-        if (out) store_block(out + i, n - i, v);
+    float sum[LANES] = {0}, part[LANES], terms[LANES];
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        add_exp(x + i, shift, factor, sum, terms);
+        if (out) FC_LANES_AT_ONCE
+        for (int l = 0; l < LANES; l++) out[i + l] = terms[l];
+    }
+    if (i < n) {
+        load_part(x + i, (int)(n - i), -__builtin_inff(), part);
+        add_exp(part, shift, factor, sum, terms);
+        if (out) store_part(out + i, (int)(n - i), terms);
     }
     return fold_sum(sum);
 }
@@ -238,17 +278,24 @@ FC_INLINE void softmax_body(const float *x, int64_t rows, int64_t n, float facto
     }
 }
 
+FC_INLINE void add_product(const float *a, const float *b, float *sum) {
+    FC_LANES_AT_ONCE
+    for (int l = 0; l < LANES; l++) sum[l] = fc_fma(a[l], b[l], sum[l]);
+}
+
 FC_INLINE void softmax_grad_body(const float *dy, const float *y, int64_t rows, int64_t n, float *dx) {
     for (int64_t r = 0; r < rows; r++, dy += n, y += n, dx += n) {
         float dot[LANES] = {0}, u[LANES], v[LANES];
-        for (int64_t i = 0; i < n; i += LANES) {
-            load_block(dy + i, n - i, 0.0f, u);
-            load_block(y + i, n - i, 0.0f, v);
-            for (int l = 0; l < LANES; l++) dot[l] = fc_fma(u[l], v[l], dot[l]);
+        int64_t i = 0;
+        for (; i + LANES <= n; i += LANES) add_product(dy + i, y + i, dot);
+        if (i < n) {
+            load_part(dy + i, (int)(n - i), 0.0f, u);
+            load_part(y + i, (int)(n - i), 0.0f, v);
+            add_product(u, v, dot);
         }
         const float total = fold_sum(dot);
         FC_INDEPENDENT
-        for (int64_t i = 0; i < n; i++) dx[i] = y[i] * (dy[i] - total);
+        for (int64_t j = 0; j < n; j++) dx[j] = y[j] * (dy[j] - total);
     }
 }
 
@@ -257,18 +304,29 @@ FC_INLINE float exp_sum_body(const float *x, int64_t n, float *maximum) {
     return row_exp(x, n, *maximum, 1.0f, (float *)0);
 }
 
+typedef struct tops {
+    float x, teacher, factor;
+} tops;
+
+FC_INLINE void add_divergence(const float *x, const float *teacher, tops top, float *x_sum, float *t_sum, float *cross) {
+    FC_LANES_AT_ONCE
+    for (int l = 0; l < LANES; l++) {
+        const float t = top.factor * (teacher[l] - top.teacher), s = top.factor * (x[l] - top.x), e = fc_exp(t);
+        x_sum[l] += fc_exp(s);
+        t_sum[l] += e;
+        cross[l] += e == 0.0f ? 0.0f : e * (t - s);
+    }
+}
+
 FC_INLINE void distillation_body(const float *x, const float *teacher, int64_t n, float factor, float *sums) {
-    const float x_top = row_maximum(x, n), t_top = row_maximum(teacher, n);
+    const tops top = {row_maximum(x, n), row_maximum(teacher, n), factor};
     float x_sum[LANES] = {0}, t_sum[LANES] = {0}, cross[LANES] = {0}, s[LANES], t[LANES];
-    for (int64_t i = 0; i < n; i += LANES) {
-        load_block(x + i, n - i, -__builtin_inff(), s);
-        load_block(teacher + i, n - i, -__builtin_inff(), t);
-        for (int l = 0; l < LANES; l++) {
-            const float a = factor * (t[l] - t_top), b = factor * (s[l] - x_top), e = fc_exp(a);
-            x_sum[l] += fc_exp(b);
-            t_sum[l] += e;
-            cross[l] += e == 0.0f ? 0.0f : e * (a - b);
-        }
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) add_divergence(x + i, teacher + i, top, x_sum, t_sum, cross);
+    if (i < n) {
+        load_part(x + i, (int)(n - i), -__builtin_inff(), s);
+        load_part(teacher + i, (int)(n - i), -__builtin_inff(), t);
+        add_divergence(s, t, top, x_sum, t_sum, cross);
     }
     sums[0] = fold_sum(x_sum);
     sums[1] = fold_sum(t_sum);
