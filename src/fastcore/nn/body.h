@@ -132,13 +132,11 @@ FC_INLINE void layer_norm_gamma_body(const float *dy, const float *x, const floa
                                      int64_t stride, float *restrict dgamma) {
     for (int64_t j = 0; j < columns; j++) dgamma[j] = 0.0f;
     int64_t i = 0;
-    for (; i + 4 <= rows; i += 4) {
+    for (; i + 2 <= rows; i += 2) {
         const float *d = dy + i * stride, *r = x + i * stride, *s = stats + 2 * i;
         FC_INDEPENDENT
         for (int64_t j = 0; j < columns; j++)
-            dgamma[j] += (times_normal(d[j], r[j], s) + times_normal(d[j + stride], r[j + stride], s + 2)) +
-                         (times_normal(d[j + 2 * stride], r[j + 2 * stride], s + 4) +
-                          times_normal(d[j + 3 * stride], r[j + 3 * stride], s + 6));
+            dgamma[j] += times_normal(d[j], r[j], s) + times_normal(d[j + stride], r[j + stride], s + 2);
     }
     for (; i < rows; i++) {
         FC_INDEPENDENT

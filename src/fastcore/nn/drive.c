@@ -115,23 +115,38 @@ void fc_nn_softmax_grad(const void *args, int rank, int size) {
     fc_kernels.softmax_grad_f32(a->dy + i * a->n, a->x + i * a->n, end - i, a->n, a->out + i * a->n);
 }
 
-/* Blocks that the first-level cache holds twice over keep the lines of both sides until they are whole. */
-enum { BLOCK = 64 };
+/* A block's lines on both sides fit the first two cache levels until they are whole. Its rows lie pages apart, where no hardware
+ * prefetcher follows, so each strip of 16 columns also asks for its share of the block below. */
+enum { BLOCK_ROWS = 64, BLOCK_COLUMNS = 128, STRIP = LINE, CACHED = 1 << 18 };
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Ask for a strip's share of the block whose rows begin at i: 8 of its rows to read, the strip's own 16 rows of out to write. */
+static void fetch_strip(const fc_rows *a, int64_t i, int64_t row_end, int64_t j, int64_t strip, int64_t column_end) {
+    const int64_t share = BLOCK_ROWS * STRIP / BLOCK_COLUMNS, first = i + (strip - j) / STRIP * share;
+    for (int64_t r = first; r < smaller(first + share, row_end); r++)
+        for (int64_t c = j; c < smaller(j + BLOCK_COLUMNS, column_end); c += LINE) __builtin_prefetch(a->x + r * a->n + c, 0, 2);
+    for (int64_t c = strip; c < smaller(strip + STRIP, column_end); c++)
+        for (int64_t r = i; r < smaller(i + BLOCK_ROWS, row_end); r += LINE) __builtin_prefetch(a->out + c * a->m + r, 1, 2);
+}
 
 void fc_nn_transpose(const void *args, int rank, int size) {
     const fc_rows *a = args;
     int64_t row = 0, row_end = a->m, column = 0, column_end = a->n;
+    const int fetch = a->m > CACHED / smaller(a->n > 0 ? a->n : 1, CACHED);
     if (a->n >= a->m)
-        fc_partition(a->n, BLOCK, rank, size, &column, &column_end);
+        fc_partition(a->n, BLOCK_ROWS, rank, size, &column, &column_end);
     else
-        fc_partition(a->m, BLOCK, rank, size, &row, &row_end);
-    for (int64_t j = column; j < column_end; j += BLOCK) {
-        const int64_t wide = column_end - j < BLOCK ? column_end - j : BLOCK;
-        for (int64_t i = row; i < row_end; i += BLOCK) {
-            const int64_t high = row_end - i < BLOCK ? row_end - i : BLOCK;
-            fc_kernels.transpose_f32(a->x + i * a->n + j, a->n, high, wide, a->out + j * a->m + i, a->m);
+        fc_partition(a->m, BLOCK_ROWS, rank, size, &row, &row_end);
+    for (int64_t j = column; j < column_end; j += BLOCK_COLUMNS)
+        for (int64_t i = row; i < row_end; i += BLOCK_ROWS) {
+            const int64_t high = smaller(BLOCK_ROWS, row_end - i), end = smaller(j + BLOCK_COLUMNS, column_end);
+            for (int64_t c = j; c < end; c += STRIP) {
+                if (fetch) fetch_strip(a, i + BLOCK_ROWS, row_end, j, c, column_end);
+                const float *from = a->x + i * a->n + c;
+                fc_kernels.transpose_f32(from, a->n, high, smaller(STRIP, end - c), a->out + c * a->m + i, a->m);
+            }
         }
-    }
 }
 
 /* ---- losses ---- */

@@ -40,7 +40,7 @@ typedef void fc_layer_norm_f32_fn(const float *x, int64_t rows, int64_t n, const
 typedef void fc_layer_norm_grad_f32_fn(const float *dy, const float *x, int64_t rows, int64_t n, const float *gamma,
                                        float epsilon, float *dx, float *stats);
 /* dgamma[j] = sum over rows of dy * (x - mean) / sqrt(variance + epsilon), from the stats of the gradient above, which are
- * those of all rows; four rows in a tree, the fours in order. */
+ * those of all rows; in pairs of rows: four streams, whose lines share a cache set where n is a power of two. */
 typedef void fc_layer_norm_gamma_f32_fn(const float *dy, const float *x, const float *stats, int64_t rows, int64_t columns,
                                         int64_t stride, float *dgamma);
 

@@ -265,7 +265,7 @@ def layer_norm_grad_bound(inputs, wanted):
     mean_dot_error = EPS * (norm.depth + 3) * mean_dot + (g * norm.h_error).sum(1, keepdims=True) / n
     inner = 4 * EPS * (g + mean_g + h * mean_dot) + mean_g_error + h * mean_dot_error + mean_dot * norm.h_error
     dx = norm.inverse * inner + np.abs(wanted["dx"]) * (norm.inverse_error + 2 * EPS)
-    dgamma = EPS * (m / 4 + 8) * np.abs(dy * norm.h).sum(0) + (np.abs(dy) * norm.h_error).sum(0)
+    dgamma = EPS * (m / 2 + 6) * np.abs(dy * norm.h).sum(0) + (np.abs(dy) * norm.h_error).sum(0)
     return {"dx": dx, "dgamma": dgamma, "dbeta": column_sum_bound(dy)}
 
 
