@@ -140,68 +140,103 @@ static void quantize_lanes_f32_u8_avx2(const float *x, int64_t stride, int64_t r
 
 /* ---- the product ---- */
 
-/* Sum `rows` rows from `row` by `vectors` vectors of columns from `column`: both are constants of each instance. */
-FC_INLINE void sum_tile(const fc_int8_tile *t, __m256i acc[][4], int row, int column, const int rows, const int vectors) {
-    const __m256i even_bytes = _mm256_set1_epi16(0xff);
-    const uint8_t *a = t->codes + row * 4;
-    const int8_t *w = t->weight + column * 4;
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++) acc[r][v] = _mm256_setzero_si256();
-    for (int64_t i = 0; i < t->k4; i++, a += t->rows * 4, w += FC_INT8_COLUMNS * 4) {
-        __m256i even[4], odd[4];
+enum { CHUNK = 64 }; /* dwords of k between two visits to the sums: split codes and weights of a chunk share L1 */
+
+/* Each dword of codes as two pairs of 16-bit numbers: bytes 0 and 2, bytes 1 and 3. */
+typedef struct split_codes {
+    _Alignas(32) uint32_t even[CHUNK * FC_INT8_ROWS], odd[CHUNK * FC_INT8_ROWS];
+} split_codes;
+
+FC_INLINE void split(const uint8_t *codes, int64_t dwords, split_codes *out) {
+    for (int64_t i = 0; i < dwords; i++) {
+        uint32_t dword;
+        memcpy(&dword, codes + i * 4, 4);
+        out->even[i] = dword & 0x00ff00ff;
+        out->odd[i] = dword >> 8 & 0x00ff00ff;
+    }
+}
+
+/* The empty asm keeps the accumulators in registers: GCC 12 reorders the multiplications, and spills. */
+FC_INLINE void accumulate(__m256i acc[][4], const uint32_t *codes, const __m256i *w, const int rows, const int vectors) {
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) {
+        const __m256i pair = _mm256_set1_epi32((int32_t)codes[r]);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
-            const __m256i bytes = _mm256_load_si256((const __m256i *)(w + v * 32));
-            even[v] = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8);
-            odd[v] = _mm256_srai_epi16(bytes, 8);
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            int32_t dword;
-            memcpy(&dword, a + r * 4, 4);
-            const __m256i codes = _mm256_set1_epi32(dword);
-            const __m256i even_codes = _mm256_and_si256(codes, even_bytes), odd_codes = _mm256_srli_epi16(codes, 8);
-#pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++) {
-                acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(even_codes, even[v]));
-                acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(odd_codes, odd[v]));
-            }
+            acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(pair, w[v]));
+            __asm__("" : "+x"(acc[r][v]));
         }
     }
 }
 
-FC_INLINE void run_part(const fc_int8_tile *t, float *out, int row, int column, const int rows, const int vectors) {
-    __m256i acc[4][4];
-    sum_tile(t, acc, row, column, rows, vectors);
-#pragma GCC unroll 4
+/* Add `k4` dwords of k to sums[rows][32]; `rows` and `vectors` (of 8 columns) are constants of each instance. */
+FC_INLINE void sum_part(const uint32_t *even, const uint32_t *odd, int64_t step, const int8_t *w, int64_t k4, int32_t *sums,
+                        const int rows, const int vectors) {
+    __m256i acc[6][4], bytes[4];
+#pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) {
-            const int at = column + v * LANES;
-            const __m256i sum = _mm256_sub_epi32(acc[r][v], _mm256_loadu_si256((const __m256i *)(t->correction + at)));
-            const __m256 scale = _mm256_mul_ps(_mm256_set1_ps(t->scales[row + r]), _mm256_loadu_ps(t->weight_scale + at));
-            const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), scale);
-            _mm256_storeu_ps(out + r * FC_INT8_COLUMNS + at, _mm256_add_ps(product, _mm256_loadu_ps(t->bias + at)));
+        for (int v = 0; v < vectors; v++)
+            acc[r][v] = _mm256_load_si256((const __m256i *)(sums + r * FC_INT8_COLUMNS + v * LANES));
+    for (int64_t i = 0; i < k4; i++, even += step, odd += step, w += FC_INT8_COLUMNS * 4) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) bytes[v] = _mm256_srai_epi16(_mm256_load_si256((const __m256i *)(w + v * 32)), 8);
+        accumulate(acc, odd, bytes, rows, vectors);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            bytes[v] = _mm256_srai_epi16(_mm256_slli_epi16(_mm256_load_si256((const __m256i *)(w + v * 32)), 8), 8);
+        accumulate(acc, even, bytes, rows, vectors);
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) _mm256_store_si256((__m256i *)(sums + r * FC_INT8_COLUMNS + v * LANES), acc[r][v]);
+}
+
+FC_INLINE void sum_rows(const split_codes *codes, int row, int rows, int64_t step, const int8_t *w, int64_t k4, int32_t *sums) {
+    const uint32_t *even = codes->even + row, *odd = codes->odd + row;
+    sums += row * FC_INT8_COLUMNS;
+    if (rows == 1) {
+        sum_part(even, odd, step, w, k4, sums, 1, 4);
+        return;
+    }
+    for (int column = 0; column < FC_INT8_COLUMNS; column += 16, w += 64, sums += 16) {
+        switch (rows) {
+        case 2: sum_part(even, odd, step, w, k4, sums, 2, 2); break;
+        case 3: sum_part(even, odd, step, w, k4, sums, 3, 2); break;
+        case 4: sum_part(even, odd, step, w, k4, sums, 4, 2); break;
+        case 5: sum_part(even, odd, step, w, k4, sums, 5, 2); break;
+        default: sum_part(even, odd, step, w, k4, sums, 6, 2); break;
         }
+    }
+}
+
+FC_INLINE void dequantize(const fc_int8_tile *t, const int32_t *sums, int row, float *out) {
+    for (int j = 0; j < FC_INT8_COLUMNS; j += LANES) {
+        const __m256i correction = _mm256_loadu_si256((const __m256i *)(t->correction + j));
+        const __m256i sum = _mm256_sub_epi32(_mm256_load_si256((const __m256i *)(sums + j)), correction);
+        const __m256 scale = _mm256_mul_ps(_mm256_set1_ps(t->scales[row]), _mm256_loadu_ps(t->weight_scale + j));
+        const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), scale);
+        _mm256_storeu_ps(out + j, _mm256_add_ps(product, _mm256_loadu_ps(t->bias + j)));
+    }
 }
 
 static void linear_u8_s8_f32_avx2(const fc_int8_tile *t) {
-    float v[FC_INT8_ROWS][FC_INT8_COLUMNS];
-    for (int r = 0; r < t->rows; r += 4) {
-        if (t->rows - r == 1) {
-            run_part(t, v[r], r, 0, 1, 4);
-            continue;
-        }
-        for (int column = 0; column < FC_INT8_COLUMNS; column += 16) {
-            if (t->rows - r == 2)
-                run_part(t, v[r], r, column, 2, 2);
-            else if (t->rows - r == 3)
-                run_part(t, v[r], r, column, 3, 2);
-            else
-                run_part(t, v[r], r, column, 4, 2);
-        }
+    _Alignas(32) int32_t sums[FC_INT8_ROWS * FC_INT8_COLUMNS] = {0};
+    split_codes codes;
+    const int upper = t->rows > 6 ? (t->rows + 1) / 2 : t->rows;
+    for (int64_t i = 0; i < t->k4; i += CHUNK) {
+        const int64_t k4 = t->k4 - i < CHUNK ? t->k4 - i : CHUNK;
+        const int8_t *w = t->weight + i * FC_INT8_COLUMNS * 4;
+        split(t->codes + i * t->rows * 4, k4 * t->rows, &codes);
+        sum_rows(&codes, 0, upper, t->rows, w, k4, sums);
+        if (upper < t->rows) sum_rows(&codes, upper, t->rows - upper, t->rows, w, k4, sums);
     }
-    for (int r = 0; r < t->rows; r++) finish_row(t, r, v[r]);
+    for (int r = 0; r < t->rows; r++) {
+        float v[FC_INT8_COLUMNS];
+        dequantize(t, sums + r * FC_INT8_COLUMNS, r, v);
+        finish_row(t, r, v);
+    }
 }
 FC_TARGET_END
 

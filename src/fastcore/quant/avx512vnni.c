@@ -70,51 +70,64 @@ FC_INLINE __m512i pack_bytes(__m512i a, __m512i b, __m512i c, __m512i d) {
     return _mm512_xor_si512(codes, _mm512_set1_epi8((char)0x80));
 }
 
-/* Up to 64 columns of a row; dword j of lane l holds columns 16 j + 4 l. */
-FC_INLINE __m512i quantize_columns(const float *x, int64_t columns, __m512 inverse) {
+/* Where four rows of a panel go, and how much of them there is. */
+typedef struct row_target {
+    uint8_t *out;
+    int64_t stride, k4; /* dwords */
+    __mmask8 rows;
+} row_target;
+
+/* Up to 64 columns of a row; dword j of lane l holds columns 16 j + 4 l. `whole` is a constant: nothing to mask. */
+FC_INLINE __m512i quantize_columns(const float *x, int64_t columns, __m512 inverse, const int whole) {
     __m512i q[4];
-    for (int j = 0; j < 4; j++) q[j] = quantize(_mm512_maskz_loadu_ps(first_lanes(columns - j * LANES), x + j * LANES), inverse);
+    for (int j = 0; j < 4; j++) {
+        const float *at = x + j * LANES;
+        q[j] = quantize(whole ? _mm512_loadu_ps(at) : _mm512_maskz_loadu_ps(first_lanes(columns - j * LANES), at), inverse);
+    }
     return pack_bytes(q[0], q[1], q[2], q[3]);
 }
 
 /* Four lanes of four rows each, for the dwords first, first + 1, ... of a panel. */
-FC_INLINE void store_dwords(__m512i lanes, uint8_t *out, int64_t out_stride, int64_t first, int64_t k4, __mmask8 rows) {
+FC_INLINE void store_dwords(__m512i lanes, const row_target *to, int64_t first, const int whole) {
     const __m128i part[4] = {_mm512_castsi512_si128(lanes), _mm512_extracti32x4_epi32(lanes, 1),
                              _mm512_extracti32x4_epi32(lanes, 2), _mm512_extracti32x4_epi32(lanes, 3)};
     for (int l = 0; l < 4; l++) {
-        if (first + l >= k4) return;
-        uint8_t *to = out + (first + l) * out_stride * 4;
-        if (rows == 15)
-            _mm_storeu_si128((__m128i *)to, part[l]);
-        else
-            _mm_mask_storeu_epi32(to, rows, part[l]);
+        uint8_t *out = to->out + (first + l) * to->stride * 4;
+        if (whole)
+            _mm_storeu_si128((__m128i *)out, part[l]);
+        else if (first + l < to->k4)
+            _mm_mask_storeu_epi32(out, to->rows, part[l]);
     }
+}
+
+/* Four rows by up to 64 columns from column i on. */
+FC_INLINE void quantize_square(const float *const *row, const float *inverse, int64_t i, int64_t k, const row_target *to,
+                               const int whole) {
+    __m512i q[4];
+    for (int j = 0; j < 4; j++) q[j] = quantize_columns(row[j] + i, k - i, _mm512_set1_ps(inverse[j]), whole);
+    const __m512i low01 = _mm512_unpacklo_epi32(q[0], q[1]), high01 = _mm512_unpackhi_epi32(q[0], q[1]);
+    const __m512i low23 = _mm512_unpacklo_epi32(q[2], q[3]), high23 = _mm512_unpackhi_epi32(q[2], q[3]);
+    store_dwords(_mm512_unpacklo_epi64(low01, low23), to, i / 4, whole);
+    store_dwords(_mm512_unpackhi_epi64(low01, low23), to, i / 4 + 4, whole);
+    store_dwords(_mm512_unpacklo_epi64(high01, high23), to, i / 4 + 8, whole);
+    store_dwords(_mm512_unpackhi_epi64(high01, high23), to, i / 4 + 12, whole);
 }
 
 static void quantize_rows_f32_u8_avx512vnni(const float *x, int64_t stride, int64_t rows, int64_t k, const float *inverse,
                                             uint8_t *out, int64_t out_stride) {
-    const int64_t k4 = (k + 3) / 4;
     for (int64_t r = 0; r < rows; r += 4) {
         const int64_t count = rows - r < 4 ? rows - r : 4;
-        const __mmask8 live = (__mmask8)((1 << count) - 1);
+        const row_target to = {out + r * 4, out_stride, (k + 3) / 4, (__mmask8)((1 << count) - 1)};
         const float *row[4];
-        __m512 factor[4];
-        for (int i = 0; i < 4; i++) {
-            const int64_t at = r + (i < count ? i : 0); /* a missing row repeats the first, and is not stored */
-            row[i] = x + at * stride;
-            factor[i] = _mm512_set1_ps(inverse[at]);
+        float factor[4];
+        for (int j = 0; j < 4; j++) { /* a missing row repeats the first, and is not stored */
+            row[j] = x + (r + (j < count ? j : 0)) * stride;
+            factor[j] = inverse[r + (j < count ? j : 0)];
         }
-        for (int64_t i = 0; i < k; i += 4 * LANES) {
-            __m512i q[4];
-            for (int j = 0; j < 4; j++) q[j] = quantize_columns(row[j] + i, k - i, factor[j]);
-            const __m512i low01 = _mm512_unpacklo_epi32(q[0], q[1]), high01 = _mm512_unpackhi_epi32(q[0], q[1]);
-            const __m512i low23 = _mm512_unpacklo_epi32(q[2], q[3]), high23 = _mm512_unpackhi_epi32(q[2], q[3]);
-            uint8_t *to = out + r * 4;
-            store_dwords(_mm512_unpacklo_epi64(low01, low23), to, out_stride, i / 4, k4, live);
-            store_dwords(_mm512_unpackhi_epi64(low01, low23), to, out_stride, i / 4 + 4, k4, live);
-            store_dwords(_mm512_unpacklo_epi64(high01, high23), to, out_stride, i / 4 + 8, k4, live);
-            store_dwords(_mm512_unpackhi_epi64(high01, high23), to, out_stride, i / 4 + 12, k4, live);
-        }
+        int64_t i = 0;
+        if (count == 4)
+            for (; i + 64 <= k; i += 64) quantize_square(row, factor, i, k, &to, 1);
+        for (; i < k; i += 64) quantize_square(row, factor, i, k, &to, 0);
     }
 }
 

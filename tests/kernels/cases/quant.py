@@ -112,9 +112,29 @@ def activation_case(name, lanes, layout, bench=()):
         name=name,
         slots=(widest, "quantize_lanes_f32_u8" if lanes else "quantize_rows_f32_u8"),
         sizes=(
-            (0, 0), (0, 5), (3, 0), (1, 1), (1, 4), (2, 3), (3, 5), (4, 31), (5, 32), (7, 33), (11, 63), (12, 64), (13, 65), (15, 7),
-            (16, 16), (17, 15), (25, 100), (63, 6), (64, 9), (65, 130), (130, 21), (147, 40),
-        ),
+            (0, 0),
+            (0, 5),
+            (3, 0),
+            (1, 1),
+            (1, 4),
+            (2, 3),
+            (3, 5),
+            (4, 31),
+            (5, 32),
+            (7, 33),
+            (11, 63),
+            (12, 64),
+            (13, 65),
+            (15, 7),
+            (16, 16),
+            (17, 15),
+            (25, 100),
+            (63, 6),
+            (64, 9),
+            (65, 130),
+            (130, 21),
+            (147, 40),
+        ),  # fmt: skip
         inputs=inputs,
         outputs=outputs,
         run=run,
@@ -137,10 +157,25 @@ def weight_oracle(inputs):
 QUANTIZE_WEIGHT = Case(
     name="quantize_weight",
     slots=("max_abs_f32", "quantize_f32_s8"),
-    sizes=((0, 0), (0, 3), (3, 0), (1, 1), (2, 7), (5, 8), (6, 9), (7, 15), (8, 16), (9, 17), (10, 63), (11, 65), (6, 200)),
+    sizes=(
+        (0, 0),
+        (0, 3),
+        (3, 0),
+        (1, 1),
+        (2, 7),
+        (5, 8),
+        (6, 9),
+        (7, 15),
+        (8, 16),
+        (9, 17),
+        (10, 63),
+        (11, 65),
+        (6, 200),
+    ),
     inputs=lambda rng, size: {"weight": hostile_rows(rng, *size)},
     outputs=lambda inputs: {
-        "codes": (inputs["weight"].shape, np.int8), "scale": (inputs["weight"].shape[:1], np.float32),
+        "codes": (inputs["weight"].shape, np.int8),
+        "scale": (inputs["weight"].shape[:1], np.float32),
     },
     run=run_quantize_weight,
     oracle=weight_oracle,
@@ -193,9 +228,10 @@ QUANTIZE_BLOCKS = Case(
 # ---- the product ----
 
 SIZES = (
-    (0, 5, 7), (5, 0, 7), (5, 7, 0), (1, 1, 1), (1, 40, 33), (2, 31, 5), (3, 32, 8), (4, 33, 17), (5, 64, 9), (6, 15, 64), (7, 16, 66),
-    (8, 17, 31), (9, 65, 12), (10, 8, 100), (11, 95, 23), (12, 32, 16), (13, 96, 40), (25, 70, 130),
-)
+    (0, 5, 7), (5, 0, 7), (5, 7, 0), (1, 1, 1), (1, 40, 33), (2, 31, 5), (3, 32, 8), (4, 33, 17), (5, 64, 9), (6, 15, 64),
+    (7, 16, 66), (8, 17, 31), (9, 65, 12), (10, 8, 100), (11, 95, 23), (12, 32, 16), (13, 96, 40), (25, 70, 130),
+    (2, 40, 300), (8, 33, 517), (12, 32, 1030),
+)  # fmt: skip
 
 
 def product_inputs(rng, size, bias, residual):
@@ -229,7 +265,15 @@ def product_case(name, activation=None, bias=True, residual=False, sizes=SIZES, 
         program = _core.Program()
         _core.quantize_activations(program, x, False, "tile", codes, scales)
         _core.linear_int8(
-            program, codes, scales, len(x), packed, inputs["weight_scale"], outputs["out"], inputs.get("bias"), activation,
+            program,
+            codes,
+            scales,
+            len(x),
+            packed,
+            inputs["weight_scale"],
+            outputs["out"],
+            inputs.get("bias"),
+            activation,
             inputs.get("residual"),
         )
         program.run(threads)
@@ -244,7 +288,7 @@ def product_case(name, activation=None, bias=True, residual=False, sizes=SIZES, 
         return {"out": activated(activation, before_activation(inputs)[1]) + inputs.get("residual", 0.0)}
 
     def bound(inputs, wanted):
-        # Conversion, two products and the bias: one rounding each. Every activation here has slope below 1.13, and its own
+        # Conversion, two products and the bias: one rounding each. Every activation has slope below 1.13, and its own
         # error is below 4e-7 of max(1, |v|). The residual is one more rounding.
         product, v = before_activation(inputs)
         before = EPS * 1.01 * (3 * np.abs(product) + np.abs(v))
