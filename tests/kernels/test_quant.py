@@ -43,7 +43,7 @@ def test_codes_nbytes():
     assert _core.codes_nbytes(5, 7, "lanes") == 16 * 8
     assert _core.codes_nbytes(0, 7, "lanes") == _core.codes_nbytes(9, 0, "tile") == 0
     for bad in ((-1, 4, "tile"), (4, -1, "tile"), (1, MAX_K + 1, "tile"), (2**31, 1, "tile"), (4, 4, "rows")):
-        with pytest.raises(ValueError, match="terms|rows|layout"):
+        with pytest.raises(ValueError, match=r"terms|rows|layout"):
             _core.codes_nbytes(*bad)
 
 
