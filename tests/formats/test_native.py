@@ -6,17 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gristmill as gm
 import numpy as np
 import pytest
 from formats.models import blocks, every_kind, unstructured
-from safetensors.numpy import load_file
-
-import gristmill as gm
 from gristmill.errors import FormatError
 from gristmill.formats import load, native, save
 from gristmill.model import Model
 from gristmill.ops import TensorType
 from gristmill.tensor import Dense
+from safetensors.numpy import load_file
 
 
 def assert_same(one: Model, other: Model) -> None:
@@ -77,7 +76,9 @@ def test_any_safetensors_reader_reads_it(tmp_path):
 
 def test_bytes_are_the_same_in_every_process():
     code = "import hashlib, gristmill as gm; from gristmill.formats import native; "
-    code += "print(hashlib.sha256(native.to_bytes(gm.zoo.mlp([5, 4, 3]).replace(meta={'b': 1, 'a': {'d': 2, 'c': 3}}))).hexdigest())"
+    code += (
+        "print(hashlib.sha256(native.to_bytes(gm.zoo.mlp([5, 4, 3]).replace(meta={'b': 1, 'a': {'d': 2, 'c': 3}}))).hexdigest())"
+    )
     digests = set()
     for seed in "123":
         env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -34,9 +34,9 @@ def load(path: str | os.PathLike[str]) -> Model:
     if not found.exists():
         raise FileNotFoundError(f"there is no model file {path}")
     if found.is_dir():
-        raise FormatError(f"{path} is a folder: loading folders is not yet supported; give a {_known(LOADERS)} file")
+        raise FormatError(f"{path} is a folder: loading folders is not yet supported; give a {', '.join(LOADERS)} file")
     if found.suffix not in LOADERS:
-        raise FormatError(f"{path}: loading {found.suffix or 'such'} files is not yet supported; known: {_known(LOADERS)}")
+        raise FormatError(f"{path}: loading {found.suffix or 'such'} files is not yet supported; known: {', '.join(LOADERS)}")
     return LOADERS[found.suffix](found)
 
 
@@ -57,11 +57,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
     """
     wanted = Path(path)
     if wanted.suffix not in SAVERS:
-        raise FormatError(f"{path}: saving {wanted.suffix or 'such'} files is not yet supported; known: {_known(SAVERS)}")
+        raise FormatError(f"{path}: saving {wanted.suffix or 'such'} files is not yet supported; known: {', '.join(SAVERS)}")
     if not wanted.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {wanted.parent} to save {wanted.name} in")
     SAVERS[wanted.suffix](model, wanted)
-
-
-def _known(table: object) -> str:
-    return ", ".join(table)  # type: ignore[call-overload,no-any-return]

@@ -58,7 +58,9 @@ def read(data: Buffer) -> tuple[dict[str, Array], dict[str, str]]:
         raise FormatError(f"{len(data)} bytes are too few for a safetensors file")
     length = int.from_bytes(data[:8], "little")
     if length > HEADER_BYTES or length > len(data) - 8:
-        raise FormatError(f"the header claims {length} bytes; the file has {len(data) - 8} for it and the limit is {HEADER_BYTES}")
+        raise FormatError(
+            f"the header claims {length} bytes; the file has {len(data) - 8} for it and the limit is {HEADER_BYTES}"
+        )
     header = parse(data[8 : 8 + length], "header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -129,7 +131,9 @@ def _entry(name: str, entry: Any) -> tuple[int, int, np.dtype[Any], tuple[int, .
         raise FormatError(f"tensor {name!r}: data_offsets {_short(offsets)} are not two rising offsets")
     needed = prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != needed:
-        raise FormatError(f"tensor {name!r}: {dtype} of shape {shape} takes {needed} bytes, offsets {offsets} give another number")
+        raise FormatError(
+            f"tensor {name!r}: {dtype} of shape {shape} takes {needed} bytes, offsets {offsets} give another number"
+        )
     return offsets[0], offsets[1], dtype, tuple(shape)
 
 
