@@ -5,7 +5,7 @@ that the M rows lie side by side in vector lanes. Functions whose first argument
 `activation` is one of None, "relu", "gelu", "gelu_tanh", "tanh", "sigmoid", "silu". Results never depend on `threads`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ def set_isa(cap: str | None = None) -> None: ...
 def isa_generation() -> int: ...
 def slots() -> dict[str, tuple[str, str, str]]: ...
 def has_threads() -> bool: ...
+def packed_nbytes(pack: Callable[..., Any], weight: Weight) -> int:
+    """Bytes that pack_dense, pack_int8 or pack_sparse will make of a weight."""
 
 # ---- aggregate: flat float32 vectors ----
 
