@@ -56,8 +56,16 @@ def sgd_step(params: Array, grads: Array, learning_rate: float, weight_decay: fl
     """
 
 def momentum_step(
-    params: Array, grads: Array, velocity: Array, learning_rate: float, momentum: float, dampening: float, nesterov: bool,
-    weight_decay: float, clip: float, threads: int = 1,
+    params: Array,
+    grads: Array,
+    velocity: Array,
+    learning_rate: float,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    weight_decay: float,
+    clip: float,
+    threads: int = 1,
 ) -> None:
     """velocity = momentum * velocity + (1 - dampening) * g; params -= learning_rate * velocity, or with `nesterov` times
     (g + momentum * velocity).
@@ -66,8 +74,19 @@ def momentum_step(
     """
 
 def adam_step(
-    params: Array, grads: Array, first: Array, second: Array, learning_rate: float, beta1: float, beta2: float, epsilon: float,
-    weight_decay: float, decoupled: bool, step: int, clip: float, threads: int = 1,
+    params: Array,
+    grads: Array,
+    first: Array,
+    second: Array,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+    decoupled: bool,
+    step: int,
+    clip: float,
+    threads: int = 1,
 ) -> None:
     """Adam (decoupled=False: decay added to the gradient) or AdamW (decoupled=True); `step` counts from 1, as torch does."""
 
