@@ -48,12 +48,16 @@ CLOSE = {"rtol": 2e-6, "atol": 2e-6}  # sums of 37 terms of size 3: 40 EPS of th
 def test_activations_match_torch(level, golden, kind):
     x, dy = golden["x"], golden["dy"]
     np.testing.assert_allclose(result(_core.activate, kind, x, shape=x.shape), golden[kind], **CLOSE)
-    np.testing.assert_allclose(result(_core.activate_grad, kind, dy, x, shape=x.shape), golden[f"{kind}.grad.x"], **CLOSE)
+    np.testing.assert_allclose(
+        result(_core.activate_grad, kind, dy, x, shape=x.shape), golden[f"{kind}.grad.x"], **CLOSE
+    )
 
 
 def test_layer_norm_matches_torch(level, golden):
     x, dy, gamma, beta = (golden[name] for name in ("x", "dy", "gamma", "beta"))
-    np.testing.assert_allclose(result(_core.layer_norm, x, gamma, beta, 1e-5, shape=x.shape), golden["layer_norm"], **CLOSE)
+    np.testing.assert_allclose(
+        result(_core.layer_norm, x, gamma, beta, 1e-5, shape=x.shape), golden["layer_norm"], **CLOSE
+    )
     dx, dgamma, dbeta = np.empty_like(x), np.empty_like(gamma), np.empty_like(beta)
     run(_core.layer_norm_grad, dy, x, gamma, 1e-5, dx, dgamma, dbeta)
     for name, value in {"x": dx, "gamma": dgamma, "beta": dbeta}.items():
@@ -137,7 +141,8 @@ def test_derivatives_at_the_ends(level):
     for kind in ("tanh", "sigmoid"):
         assert result(_core.activate_grad, kind, dy, x, shape=x.shape)[:6].tolist() == [0] * 6
     relu = result(_core.activate_grad, "relu", f32([1, 1, 1, 1]), f32([-1, 0, 2, NAN]), shape=(4,))
-    assert relu[:3].tolist() == [0, 0, 1] and np.isnan(relu[3])
+    assert relu[:3].tolist() == [0, 0, 1]
+    assert np.isnan(relu[3])
 
 
 def test_lower_tail_of_gelu_keeps_its_digits(level):
@@ -164,8 +169,12 @@ def test_in_place(level):
     rng = np.random.default_rng(2)
     x, y = f32(rng.standard_normal((2, 6, 71)))
     calls = [
-        (_core.activate, ("gelu",), 1), (_core.activate_grad, ("gelu",), 2), (_core.add, (), 2), (_core.multiply, (), 2),
-        (_core.softmax, (), 1), (_core.softmax_grad, (), 2),
+        (_core.activate, ("gelu",), 1),
+        (_core.activate_grad, ("gelu",), 2),
+        (_core.add, (), 2),
+        (_core.multiply, (), 2),
+        (_core.softmax, (), 1),
+        (_core.softmax_grad, (), 2),
     ]
     for function, options, count in calls:
         wanted = result(function, *options, *(x, y)[:count], shape=x.shape)
@@ -183,9 +192,13 @@ def test_bits_do_not_depend_on_threads(level):
     x, target = f32(rng.standard_normal((2, 333, 210)))
     labels, dloss = rng.integers(0, 210, 333), f32(0.5)
     calls = [
-        (_core.cross_entropy, (x, labels), ()), (_core.distillation, (x, target, labels, 2.0, 0.5), ()),
-        (_core.mean_squared_error, (x, target), ()), (_core.column_sum, (x,), (210,)), (_core.softmax, (x,), x.shape),
-        (_core.transpose, (x,), (210, 333)), (_core.distillation_grad, (dloss, x, target, labels, 2.0, 0.5), x.shape),
+        (_core.cross_entropy, (x, labels), ()),
+        (_core.distillation, (x, target, labels, 2.0, 0.5), ()),
+        (_core.mean_squared_error, (x, target), ()),
+        (_core.column_sum, (x,), (210,)),
+        (_core.softmax, (x,), x.shape),
+        (_core.transpose, (x,), (210, 333)),
+        (_core.distillation_grad, (dloss, x, target, labels, 2.0, 0.5), x.shape),
     ]
     for function, arguments, shape in calls:
         alone = result(function, *arguments, shape=shape)
@@ -217,7 +230,8 @@ def test_a_program_keeps_its_scratch():
     first = float(loss)
     blocks = [np.full(1000, NAN) for _ in range(100)]  # would land where freed scratch was
     program.run()
-    assert float(loss) == first and len(blocks) == 100
+    assert float(loss) == first
+    assert len(blocks) == 100
 
 
 # ---- refusals ----
