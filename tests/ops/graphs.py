@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from gristmill.model import Model
 from gristmill.ops import OWN, Node
 from gristmill.tensor import Dense, Quantized, Sparse, Tensor

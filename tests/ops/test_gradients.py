@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from gristmill import autodiff
 from gristmill.ops import OPS
 from gristmill.runtime.session import Session
 from gristmill.tensor import Dense
-
 from ops.graphs import GRAPHS, INT8_GRAPHS
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "gradients.npz"
@@ -74,7 +74,9 @@ def test_gradient_agrees_with_torch(graph):
         for name in graph.wrt:
             want = stored[f"{graph.name}/{name}"]
             atol = 2e-5 * float(np.abs(want).max())
-            np.testing.assert_allclose(result[autodiff.gradient_name(name)], want, rtol=0, atol=atol, err_msg=f"{graph.name}: {name}")
+            np.testing.assert_allclose(
+                result[autodiff.gradient_name(name)], want, rtol=0, atol=atol, err_msg=f"{graph.name}: {name}"
+            )
 
 
 def test_every_differentiable_operator_has_a_graph():

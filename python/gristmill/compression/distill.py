@@ -1,6 +1,6 @@
 """Knowledge distillation: a student learns the teacher's soft answers beside the labels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ class Distill(Pass):
     temperature: float = 2.0
     alpha: float = 0.5
     teacher: Model | None = None
-    optimizer: Optimizer = Adam(1e-3)
+    optimizer: Optimizer = field(default_factory=lambda: Adam(1e-3))
     batch_size: int = 32
     workers: int = 1
 

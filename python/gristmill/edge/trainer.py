@@ -11,7 +11,7 @@ from gristmill.autodiff import gradient_name, gradients
 from gristmill.edge.plan import MemoryPlan, flat_size, input_types, padded, plan_memory
 from gristmill.edge.update import Selection, is_int8, select
 from gristmill.errors import DataError, DivergedError, ModelError
-from gristmill.losses import LOSS, attach
+from gristmill.losses import LABELS, LOSS, attach
 from gristmill.losses import find as find_loss
 from gristmill.model import Model
 from gristmill.optim import SGD, Optimizer, State
@@ -136,6 +136,9 @@ class EdgeTrainer:
             raise DataError(f"x and y must have the same number of examples, at least one: got {len(x)} and {len(y)}")
         if not np.isfinite(x).all():
             raise DataError(f"x is not finite at index {tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])}")
+        classes = training.types[self.model.outputs[0]].shape[-1]
+        if target == LABELS and isinstance(classes, int) and not (y.min() >= 0 and y.max() < classes):
+            raise DataError(f"labels must lie in [0, {classes}), found {y.min()} to {y.max()}: some are outside")
         return {name: x, target: y}
 
 
