@@ -1,4 +1,43 @@
-PYTHON ?= .venv/bin/python
+# make quickstart: install into .venv and run the demo.  make test: install with the test extras and run the suite.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
 
-build:
-	python setup.py build_ext --inplace
+.PHONY: quickstart test check bench asan dist clean
+
+quickstart: $(VENV)/.demo
+	$(BIN)/gristmill demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q tests
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(find src benchmarks -name '*.[ch]' ! -name core.c)
+	$(BIN)/cython-lint src/fastcore/core.pyx src/fastcore/*/*.pxi
+
+bench: $(VENV)/.test
+	$(BIN)/python -m pytest benchmarks/bench_kernels.py -q -s --benchmark-columns=min,median,rounds
+
+asan: $(VENV)/.test
+	GRISTMILL_CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g" $(BIN)/python setup.py -q build_ext -f --build-lib $(VENV)/asan --build-temp $(VENV)/asan-objects
+	cp -r python/gristmill $(VENV)/asan/
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" PYTHONPATH=$(VENV)/asan $(BIN)/python -m pytest -q tests/kernels tests/formats
+
+dist: $(VENV)/.dev
+	$(BIN)/python -m build --sdist
+
+clean:
+	rm -rf $(VENV) build dist src/fastcore/core.c python/gristmill/_core.*.so
+
+# Sources that an installed copy depends on.
+SOURCES := pyproject.toml setup.py $(shell find src python -name '*.py' -o -name '*.c' -o -name '*.h' -o -name '*.pyx' -o -name '*.pxi' -o -name '*.pyi')
+
+$(BIN)/python:
+	@sh tools/preflight.sh "$(PYTHON)" "$(CC)"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.%: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[$*]'
+	touch $@

@@ -5,7 +5,7 @@ that the M rows lie side by side in vector lanes. Functions whose first argument
 `activation` is one of None, "relu", "gelu", "gelu_tanh", "tanh", "sigmoid", "silu". Results never depend on `threads`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,42 +33,41 @@ def set_isa(cap: str | None = None) -> None: ...
 def isa_generation() -> int: ...
 def slots() -> dict[str, tuple[str, str, str]]: ...
 def has_threads() -> bool: ...
+def packed_nbytes(pack: Callable[..., Any], weight: Weight) -> int:
+    """Bytes that pack_dense, pack_int8 or pack_sparse will make of a weight."""
 
 # ---- aggregate: flat float32 vectors ----
 
 def weighted_sum(inputs: Sequence[Array], weights: Sequence[float], out: Array, threads: int = 1) -> tuple[float, bool]:
-    """out = sum of weights[i] * inputs[i] in the fixed binary tree; returns (sum of squares of out in float64, all finite)."""
+    """out = sum of weights[i] * inputs[i] in the fixed binary tree; returns (sum of squares of out in float64, all finite).
 
-def sum_of_squares(x: Array, threads: int = 1) -> tuple[float, bool]: ...
+    Every product is rounded, then n inputs are added by splitting at the largest power of two below n. So if all aligned groups
+    of 2**k inputs (the last may be shorter) were added beforehand, their sums with weights of 1 give the same bits. `out` may be
+    one of the inputs; a partial overlap is refused. The sum of squares has the same bits on every instruction set too.
+    """
+
+def sum_of_squares(x: Array, threads: int = 1) -> tuple[float, bool]:
+    """(sum of squares in float64, all finite), with the bits that weighted_sum returns for the same array."""
+
 def sgd_step(params: Array, grads: Array, learning_rate: float, weight_decay: float, clip: float, threads: int = 1) -> None:
-    """g = clip * grads + weight_decay * params; params -= learning_rate * g. `clip` is the factor that the global norm gave."""
+    """g = clip * grads + weight_decay * params; params -= learning_rate * g. `clip` is the factor that the global norm gave.
+
+    The vectors of this and the other steps must not overlap.
+    """
 
 def momentum_step(
-    params: Array,
-    grads: Array,
-    velocity: Array,
-    learning_rate: float,
-    momentum: float,
-    dampening: float,
-    nesterov: bool,
-    weight_decay: float,
-    clip: float,
-    threads: int = 1,
-) -> None: ...
+    params: Array, grads: Array, velocity: Array, learning_rate: float, momentum: float, dampening: float, nesterov: bool,
+    weight_decay: float, clip: float, threads: int = 1,
+) -> None:
+    """velocity = momentum * velocity + (1 - dampening) * g; params -= learning_rate * velocity, or with `nesterov` times
+    (g + momentum * velocity).
+
+    torch starts the velocity as the undamped gradient: for the same, pass zeros and dampening = 0 at the first step.
+    """
+
 def adam_step(
-    params: Array,
-    grads: Array,
-    first: Array,
-    second: Array,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    weight_decay: float,
-    decoupled: bool,
-    step: int,
-    clip: float,
-    threads: int = 1,
+    params: Array, grads: Array, first: Array, second: Array, learning_rate: float, beta1: float, beta2: float, epsilon: float,
+    weight_decay: float, decoupled: bool, step: int, clip: float, threads: int = 1,
 ) -> None:
     """Adam (decoupled=False: decay added to the gradient) or AdamW (decoupled=True); `step` counts from 1, as torch does."""
 

@@ -90,9 +90,12 @@ def gradients(model: Model, loss: str, wrt: Iterable[str]) -> Model:
 
 def _assemble(model: Model, loss: str, wrt: list[str], tape: _Tape) -> Model:
     """Name each gradient after its tensor, in the node that makes it: no copy, so that it lands where it is bound."""
-    final = {tape.gradients[name]: gradient_name(name) for name in wrt}
-    if len(final) < len(wrt):
-        raise ModelError(f"two of {wrt} share one gradient; give each its own tensor")
+    final: dict[str, str] = {}
+    for name in wrt:
+        value = tape.gradients[name]
+        if value in final:  # as both terms of a sum do: the second gets a copy
+            value = tape.emit("Identity", [value], domain="")
+        final[value] = gradient_name(name)
     rename = [
         Node(n.op, tuple(final.get(i, i) for i in n.inputs), tuple(final.get(o, o) for o in n.outputs), n.attributes, n.domain)
         for n in tape.nodes

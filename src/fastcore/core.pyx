@@ -3,6 +3,8 @@
 Every array argument is checked here for dtype, shape, contiguity and writability, so that C may trust them. Functions that take
 a `Program` append a step to it and keep the arrays alive; the others run at once on `threads` threads.
 """
+import os
+
 from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_FORMAT, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
@@ -214,4 +216,4 @@ include "nn/nn.pxi"
 include "quant/quant.pxi"
 include "sparse/sparse.pxi"
 
-set_isa(None)
+set_isa(os.environ.get("GRISTMILL_ISA"))

@@ -6,8 +6,8 @@ tested twice and nothing is passed off as tested. The harness itself is tested w
 
 import numpy as np
 import pytest
-from gristmill import _core
 
+from gristmill import _core
 from kernels import harness
 from kernels.cases import CASES
 

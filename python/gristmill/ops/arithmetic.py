@@ -37,7 +37,8 @@ class Elementwise(Op):
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         a, b = types
-        assert a is not None and b is not None
+        assert a is not None
+        assert b is not None
         return [broadcast(node, a, b)]
 
     def bind(self, node: Node, binder: Binder) -> bool:
@@ -82,6 +83,32 @@ class Mul(Elementwise):
         for value, other in (node.inputs, node.inputs[::-1]):
             if tape.wants(value):
                 tape.add(value, reduce_to(tape, tape.emit("Mul", [dy, other], domain=""), value, node.outputs[0]))
+
+
+class Identity(Op):
+    """ONNX Identity."""
+
+    name = "Identity"
+    arity = (1, 1)
+    differentiable = True
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        assert types[0] is not None
+        return [types[0]]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        return [inputs[0]]
+
+    def gradient(self, node: Node, tape: Tape, dy: str) -> None:
+        if tape.wants(node.inputs[0]):
+            tape.add(node.inputs[0], dy)
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        x = binder.rows(node.inputs[0])
+        if x.dtype != np.float32:
+            return False
+        binder.step(_core.scale, x, 1.0, binder.output(node.outputs[0]))
+        return True
 
 
 class SumToShape(Op):

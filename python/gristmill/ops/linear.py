@@ -26,7 +26,8 @@ class Linear(Op):
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         x, weight = types[0], types[1]
-        assert x is not None and weight is not None
+        assert x is not None
+        assert weight is not None
         need(constants[1] is not None, node, f"its weight '{node.inputs[1]}' must be a tensor of the model")
         need(len(weight.shape) == 2 and len(x.shape) >= 1, node, f"cannot multiply {x} by a weight {weight}")
         n, k = weight.shape
@@ -70,8 +71,8 @@ class Linear(Op):
 def bind_dense(node: Node, binder: Binder) -> None:
     x, residual, out = matrices(node, binder, "rows")
     weight = node.inputs[1]
-    source = binder.weight(weight) if binder.trains(weight) else binder.packed(weight, _core.pack_dense)
-    n, k = source.shape
+    source = binder.weight(weight) if reads_in_place(node, binder) else binder.packed(weight, _core.pack_dense)
+    n, k = binder.tensor(weight).shape
     scratch = binder.scratch(_core.linear_scratch(x.shape[0], n, k, binder.threads))
     binder.step(_core.linear, x, source, out, *epilogue(node, binder, residual), scratch)
 
@@ -97,7 +98,7 @@ def bind_sparse(node: Node, binder: Binder) -> None:
         )
         return
     x, residual, out = matrices(node, binder, "lanes")
-    source = binder.weight(weight) if binder.trains(weight) else binder.packed(weight, _core.pack_sparse)
+    source = binder.weight(weight) if reads_in_place(node, binder) else binder.packed(weight, _core.pack_sparse)
     binder.step(_core.sparse_linear, x, source, out, *epilogue(node, binder, residual))
 
 
@@ -106,6 +107,11 @@ KERNELS: dict[str, Callable[[Node, Binder], None]] = {
     "quantized": bind_quantized,
     "sparse": bind_sparse,
 }
+
+
+def reads_in_place(node: Node, binder: Binder) -> bool:
+    """Whether the kernel must read the weight at every run: because it trains, or because memory is tight."""
+    return binder.in_place or binder.trains(node.inputs[1])
 
 
 def matrices(node: Node, binder: Binder, layout: str) -> tuple[Any, Any, Any]:
@@ -140,7 +146,8 @@ class LinearGradInput(Op):
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         dy, weight = types
-        assert dy is not None and weight is not None
+        assert dy is not None
+        assert weight is not None
         return [TensorType(dy.dtype, (*dy.shape[:-1], weight.shape[1]))]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
@@ -163,6 +170,7 @@ class LinearGradWeight(Op):
     name = "LinearGradWeight"
     domain = GRAD
     arity = (3, 3)
+    tensor_inputs = (2,)
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         need(constants[2] is not None, node, "its weight must be a tensor of the model")

@@ -51,7 +51,8 @@ class SoftmaxCrossEntropyLoss(Op):
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         logits, labels = types
-        assert logits is not None and labels is not None
+        assert logits is not None
+        assert labels is not None
         check_labels(node, logits, labels)
         need(node.attributes.get("reduction", "mean") == "mean", node, "only the mean reduction is supported")
         return [SCALAR]
@@ -98,7 +99,8 @@ class MeanSquaredError(Op):
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         x, target = types
-        assert x is not None and target is not None
+        assert x is not None
+        assert target is not None
         fits = len(x.shape) == len(target.shape) and all(map(same_dim, x.shape, target.shape))
         need(fits and x.dtype == target.dtype, node, f"'{node.inputs[0]}' is {x} but the target is {target}")
         return [SCALAR]
@@ -150,7 +152,9 @@ class DistillationLoss(Op):
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         logits, teacher, labels = types
-        assert logits is not None and teacher is not None and labels is not None
+        assert logits is not None
+        assert teacher is not None
+        assert labels is not None
         check_labels(node, logits, labels)
         fits = len(teacher.shape) == 2 and all(map(same_dim, logits.shape, teacher.shape))
         need(fits, node, f"student logits are {logits} but teacher logits are {teacher}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
@@ -23,6 +24,15 @@ class TensorType:
 
     dtype: np.dtype[Any]
     shape: tuple[Dim, ...]
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """The shape where no dimension is symbolic."""
+        return tuple(int(dim) for dim in self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.extents) * self.dtype.itemsize
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
@@ -74,6 +84,8 @@ class Buffer(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
     def reshape(self, *shape: int) -> "Buffer": ...
 
 
@@ -81,6 +93,7 @@ class Binder(Protocol):
     """What an operator may ask of the plan that binds it; `runtime.plan` implements it."""
 
     threads: int
+    in_place: bool  # read weights where they are rather than keep packed copies
 
     def rows(self, name: str) -> Buffer: ...
     def lanes(self, name: str) -> Buffer: ...
@@ -104,6 +117,7 @@ class Op:
     arity: ClassVar[tuple[int, int]]  # fewest and most inputs
     attributes: ClassVar[Mapping[str, type | tuple[type, ...]]] = {}  # allowed attributes and their types
     differentiable: ClassVar[bool] = False
+    tensor_inputs: ClassVar[tuple[int, ...]] = ()  # constants that `reference` takes as tensors, for their kind matters
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         """Return the types of the outputs.
@@ -114,7 +128,7 @@ class Op:
         raise NotImplementedError
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        """Compute the outputs with NumPy. Constants of `LinearGradWeight` arrive as tensors, all else as arrays."""
+        """Compute the outputs with NumPy. Inputs are arrays, but for those that `tensor_inputs` lists."""
         raise NotImplementedError
 
     def gradient(self, node: Node, tape: Tape, dy: str) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from gristmill.errors import BudgetError
 from gristmill.tensor.parts import Array
 
 ALIGN = 64
@@ -18,7 +19,7 @@ class Buffer:
 
     def __init__(self, shape: Sequence[int], dtype: Any, array: Array | None = None, base: "Buffer | None" = None) -> None:
         self.shape = tuple(shape)
-        self.dtype = np.dtype(dtype)
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
         self._array = array
         self.base = base  # what this is another shape of
         self.first, self.last = FOREVER, -1
@@ -77,8 +78,36 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGN) * ALIGN
 
 
-def allocate(nbytes: int) -> Array:
-    """Return a cache-line-aligned uint8 array."""
-    raw = np.empty(nbytes + ALIGN, np.uint8)
-    skip = -raw.ctypes.data % ALIGN
-    return raw[skip : skip + nbytes]
+class Memory:
+    """An allocator that counts: what is in use, the most that ever was, and a limit that it refuses to pass.
+
+    Args:
+        limit: bytes, or None for no limit.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.used = self.peak = 0
+
+    def charge(self, nbytes: int) -> None:
+        """Count memory that somebody else allocates.
+
+        Raises:
+            BudgetError: it would pass the limit.
+        """
+        if self.limit is not None and self.used + nbytes > self.limit:
+            needed = self.used + nbytes
+            raise BudgetError(f"{needed:,} bytes are needed, the budget is {self.limit:,}", needed)
+        self.used += nbytes
+        self.peak = max(self.peak, self.used)
+
+    def release(self, nbytes: int) -> None:
+        """Count memory that is free again."""
+        self.used -= nbytes
+
+    def allocate(self, nbytes: int) -> Array:
+        """Return a cache-line-aligned uint8 array; the caller releases its nbytes when done with it."""
+        self.charge(nbytes)
+        raw = np.empty(nbytes + ALIGN, np.uint8)
+        skip = -raw.ctypes.data % ALIGN
+        return raw[skip : skip + nbytes]

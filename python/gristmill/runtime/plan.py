@@ -16,28 +16,35 @@ from gristmill.errors import ModelError
 from gristmill.model import Model
 from gristmill.ops import Node, TensorType, find
 from gristmill.ops.op import as_rows
-from gristmill.runtime.arena import FOREVER, Buffer, place
+from gristmill.runtime.arena import FOREVER, Buffer, Memory, place
 from gristmill.tensor import Sparse, Tensor
 from gristmill.tensor.parts import Array
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight to be packed for its kernel when the plan is bound, not before."""
+
+    name: str
+    pack: Callable[..., Any]
 
 
 class Weights:
     """What sessions of one model share: packed weights by (name, packer, instruction set)."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, memory: Memory) -> None:
         self.model = model
-        self._packed: dict[tuple[str, str, int], Any] = {}
+        self.memory = memory
+        self._made: dict[tuple[str, str, int], Any] = {}
 
-    def packed(self, name: str, pack: Callable[..., Any], threads: int) -> Any:
-        key = (name, pack.__name__, _core.isa_generation())
-        if key not in self._packed:
-            self._packed[key] = pack(weight_view(self.model.tensors[name]), threads)
-        return self._packed[key]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all packed weights."""
-        return sum(packed.nbytes for packed in self._packed.values())
+    def make(self, packed: Packed, threads: int) -> Any:
+        """Return a packed weight, made once."""
+        key = (packed.name, packed.pack.__name__, _core.isa_generation())
+        if key not in self._made:
+            view = weight_view(self.model.tensors[packed.name])
+            self.memory.charge(_core.packed_nbytes(packed.pack, view))
+            self._made[key] = packed.pack(view, threads)
+        return self._made[key]
 
 
 def weight_view(tensor: Tensor, trained: Array | None = None) -> _core.Weight:
@@ -74,14 +81,14 @@ class Layout:
         self,
         model: Model,
         types: Mapping[str, TensorType],
-        weights: Weights,
         threads: int,
         trainable: Mapping[str, Array],
         outputs: Mapping[str, Array],
         reference: bool,
+        in_place: bool,
     ) -> None:
-        self.model, self.types, self.weights, self.threads = model, types, weights, threads
-        self.trainable, self.bound = trainable, outputs
+        self.model, self.types, self.threads = model, types, threads
+        self.trainable, self.bound, self.in_place = trainable, outputs, in_place
         self.steps: list[Step] = []
         self.panels: dict[tuple[str, str], tuple[Buffer, Buffer]] = {}
         self.inputs = {name: self._fresh(name, "rows") for name in model.inputs}
@@ -154,8 +161,8 @@ class Layout:
     def weight(self, name: str) -> _core.Weight:
         return weight_view(self.model.tensors[name], self.trainable.get(name))
 
-    def packed(self, name: str, pack: Callable[..., Any]) -> Any:
-        return self.weights.packed(name, pack, self.threads)
+    def packed(self, name: str, pack: Callable[..., Any]) -> Packed:
+        return Packed(name, pack)
 
     def step(self, kernel: Callable[..., None], *args: Any) -> None:
         self.steps.append(Step(self.node, kernel, args))
@@ -163,7 +170,7 @@ class Layout:
     # ---- inner ----
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(dim) for dim in self.types[name].shape)
+        return self.types[name].extents
 
     def _fresh(self, name: str, layout: str) -> Buffer:
         shape, dtype = self._shape(name), self.types[name].dtype
@@ -179,9 +186,10 @@ class Layout:
     def _refer(self, node: Node) -> None:
         """Leave a node to NumPy: its inputs as arrays, a weight whose kind matters as a tensor."""
         args: list[Any] = []
-        for name in node.inputs:
+        tensors_at = find(node).tensor_inputs
+        for index, name in enumerate(node.inputs):
             if name in self.model.tensors:
-                args.append(self._evaluator(name, whole=node.op != "LinearGradWeight"))
+                args.append(self._evaluator(name, whole=index not in tensors_at))
             else:
                 args.append(self.rows(name) if name else None)
         outputs = tuple(self.output(name) for name in node.outputs)
@@ -205,23 +213,25 @@ class Layout:
         for buffer in self.outputs.values():
             buffer.touch(FOREVER)
         used = [b for step in self.steps for b in step.buffers()] + [*self.inputs.values(), *self.outputs.values()]
+        self.packs = {arg for step in self.steps for arg in step.args if isinstance(arg, Packed)}
         return place(list({id(b.root): b.root for b in used if not b.external}.values()))
 
 
 class Plan:
     """The second pass: steps bound to addresses in an arena."""
 
-    def __init__(self, layout: Layout, arena: Array) -> None:
+    def __init__(self, layout: Layout, arena: Array, weights: Weights) -> None:
         self.inputs = {name: buffer.view(arena) for name, buffer in layout.inputs.items()}
         self.outputs = {name: buffer.view(arena) for name, buffer in layout.outputs.items()}
         self.steps = layout.steps
         self.segments: list[_core.Program | Callable[[], None]] = []
         for step in layout.steps:
-            self._bind(step, arena)
+            self._bind(step, arena, weights, layout.threads)
         self._arena = arena  # programs hold addresses in it
 
-    def _bind(self, step: Step, arena: Array) -> None:
+    def _bind(self, step: Step, arena: Array, weights: Weights, threads: int) -> None:
         args = [arg.view(arena) if isinstance(arg, Buffer) else arg for arg in step.args]
+        args = [weights.make(arg, threads) if isinstance(arg, Packed) else arg for arg in args]
         if step.kernel is None:
             self.segments.append(_reference(step.node, args, [out.view(arena) for out in step.outputs]))
             return

@@ -12,7 +12,7 @@ from gristmill import _core
 from gristmill.errors import ModelError
 from gristmill.model import Model
 from gristmill.ops import TensorType
-from gristmill.runtime.arena import allocate
+from gristmill.runtime.arena import Memory
 from gristmill.runtime.fuse import fuse
 from gristmill.runtime.plan import Layout, Plan, Weights, concrete_types
 from gristmill.runtime.threads import check_threads
@@ -35,6 +35,8 @@ class Session:
         precision: "float32" (default) runs tensors as they are; "int8" quantises the dense weights of Linear nodes first.
         trainable: arrays by tensor name, each with the shape of the tensor's `trainable` part, which the program reads in place
             of the model's own values at every run.
+        in_place: keep no packed copy of float32 weights; kernels read them tile by tile. Slower, for tight memory.
+        memory: the allocator that counts this session's arena and packed weights, perhaps within a budget.
         reference: run the NumPy reference of every operator instead of its kernels, to tell a wrong kernel from a wrong model.
 
     Raises:
@@ -54,6 +56,8 @@ class Session:
         precision: str | None = None,
         *,
         trainable: Mapping[str, Array] | None = None,
+        in_place: bool = False,
+        memory: Memory | None = None,
         reference: bool = False,
     ) -> None:
         if precision not in PRECISIONS:
@@ -65,16 +69,18 @@ class Session:
         for name, array in self.trainable.items():
             _check_trainable(model, name, array)
         compiled = fuse(_quantized(model, self.trainable) if precision == "int8" else model)
-        self.weights = Weights(compiled)
+        self.memory = memory or Memory()
+        self.in_place = in_place
+        self.weights = Weights(compiled, self.memory)
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
-        self._arena = allocate(0)
+        self._arena = self.memory.allocate(0)
         self._lock = threading.Lock()
 
     def clone(self) -> "Session":
         """Return a session of its own plans and memory over the same packed weights."""
         other = object.__new__(Session)
         other.__dict__.update(self.__dict__)
-        other._plans, other._arena, other._lock = OrderedDict(), allocate(0), threading.Lock()
+        other._plans, other._arena, other._lock = OrderedDict(), self.memory.allocate(0), threading.Lock()
         return other
 
     def run(self, **inputs: Array) -> dict[str, Array]:
@@ -109,7 +115,7 @@ class Session:
         """Plan for inputs of these concrete types without allocating; `nbytes` of the result is what a run needs."""
         model = self.weights.model
         types = concrete_types(model, inputs)
-        return Layout(model, types, self.weights, self.threads, self.trainable, outputs or {}, self.reference)
+        return Layout(model, types, self.threads, self.trainable, outputs or {}, self.reference, self.in_place)
 
     def explain(self, **shapes: tuple[int, ...]) -> list[dict[str, Any]]:
         """Say which kernel each node is bound to.
@@ -138,8 +144,9 @@ class Session:
             layout = self.layout(given, self._check_bound(given, bound))
             if layout.nbytes > self._arena.nbytes:
                 self._plans.clear()  # they hold the smaller arena
-                self._arena = allocate(layout.nbytes)
-            plan = self._plans[key] = Plan(layout, self._arena)
+                self.memory.release(self._arena.nbytes)
+                self._arena = self.memory.allocate(layout.nbytes)
+            plan = self._plans[key] = Plan(layout, self._arena, self.weights)
             if len(self._plans) > PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)

@@ -16,8 +16,9 @@ class Sparse:
     """An [n, k] matrix as `values` [blocks, r, c]; the rest is zero.
 
     The blocks of row group g (rows g*r ... g*r + r - 1) are `row_offsets[g] : row_offsets[g + 1]` (int32 [n/r + 1]); block b
-    starts at column `index[b] * c` (int32 [blocks], rising within a group). Blocks of 1 x 1 are unstructured sparsity and are stored with a
-    bitmask of the elements; larger blocks are stored with one index each. With int8 values, `scale` is float32 [n].
+    starts at column `index[b] * c` (int32 [blocks], rising within a group). Blocks of 1 x 1 are unstructured sparsity and are
+    stored with a bitmask of the elements; larger blocks are stored with one index each. With int8 values, `scale` is
+    float32 [n].
     """
 
     kind: ClassVar[str] = "sparse"

@@ -1,3 +1,202 @@
+/* fp32 product for AVX-512: a 12 x 32 register tile (24 accumulators), one outer product per step of the depth.
+ *
+ * A is packed [depth][rows], so that a step reads its 12 factors from one or two cache lines by broadcast; B is [depth][32], in
+ * its panel or in place. Bound by the FMA port: per step 24 vfmadd231ps against 2 vector loads and 12 broadcasts. Few rows give
+ * shorter tiles, never wasted work; one row takes two panels at a time, for four chains in flight, and is bound by memory.
+ * Packing rows transposes 16 x 16 in registers and is bound by the shuffle port: 64 shuffles for 256 elements.
+ * Goto & van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008.
+ */
 #include "../fastcore.h"
+#include "body.h"
 
-void fc_dense_install_avx512(fc_table *table) { (void)table; }
+#ifdef FC_X86
+FC_TARGET_AVX512
+
+enum { MR = 12, NR = 32, KC = 256, LANES = 16, PAIR = 4 };
+
+FC_INLINE __mmask16 first_lanes(int64_t n) { return n >= LANES ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
+
+/* One tile of rows x vectors; vector v belongs to panel v / 2, and `last` says which lanes of the last one exist. */
+FC_INLINE void tile(const int rows, const int vectors, int64_t depth, const float *a, const float *b, int64_t b_step,
+                    int64_t b_panel, float *c, int64_t c_stride, __mmask16 last, int accumulate) {
+    __m512 sum[MR][PAIR];
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            const __mmask16 lanes = v + 1 == vectors ? last : 0xffff;
+            sum[i][v] = accumulate ? _mm512_maskz_loadu_ps(lanes, c + i * c_stride + v * LANES) : _mm512_setzero_ps();
+        }
+    for (int64_t d = 0; d < depth; d++, a += rows, b += b_step) {
+        __m512 column[PAIR];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) column[v] = _mm512_loadu_ps(b + v / 2 * b_panel + v % 2 * LANES);
+#pragma GCC unroll 12
+        for (int i = 0; i < rows; i++) {
+            const __m512 factor = _mm512_set1_ps(a[i]);
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) sum[i][v] = _mm512_fmadd_ps(factor, column[v], sum[i][v]);
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            float *to = c + i * c_stride + v * LANES;
+            if (v + 1 < vectors || last == 0xffff)
+                _mm512_storeu_ps(to, sum[i][v]);
+            else
+                _mm512_mask_storeu_ps(to, last, sum[i][v]);
+        }
+}
+
+FC_INLINE void panels(const int rows, int64_t cols, int64_t depth, const float *a, const float *b, int64_t b_step,
+                      int64_t b_panel, float *c, int64_t c_stride, int accumulate) {
+    int64_t j = 0;
+    if (rows == 1)
+        for (; j + 2 * NR <= cols; j += 2 * NR, b += 2 * b_panel)
+            tile(1, 4, depth, a, b, b_step, b_panel, c + j, c_stride, 0xffff, accumulate);
+    for (; j + NR <= cols; j += NR, b += b_panel)
+        tile(rows, 2, depth, a, b, b_step, b_panel, c + j, c_stride, 0xffff, accumulate);
+    const int64_t rest = cols - j;
+    if (rest > LANES)
+        tile(rows, 2, depth, a, b, b_step, b_panel, c + j, c_stride, first_lanes(rest - LANES), accumulate);
+    else if (rest > 0)
+        tile(rows, 1, depth, a, b, b_step, b_panel, c + j, c_stride, first_lanes(rest), accumulate);
+}
+
+static void gemm_f32_avx512(int64_t rows, int64_t cols, int64_t depth, const float *a, const float *b, int64_t b_step,
+                            int64_t b_panel, float *c, int64_t c_stride, int accumulate) {
+    switch (rows) {
+    case 1: panels(1, cols, depth, a, b, b_step, b_panel, c, c_stride, accumulate); break;
+    case 2: panels(2, cols, depth, a, b, b_step, b_panel, c, c_stride, accumulate); break;
+    case 3: panels(3, cols, depth, a, b, b_step, b_panel, c, c_stride, accumulate); break;
+    case 4: panels(4, cols, depth, a, b, b_step, b_panel, c, c_stride, accumulate); break;
+    case 5: panels(5, cols, depth, a, b, b_step, b_panel, c, c_stride, accumulate); break;
+    case 6: panels(6, cols, depth, a, b, b_step, b_panel, c, c_stride, accumulate); break;
+    case 7: panels(7, cols, depth, a, b, b_step, b_panel, c, c_stride, accumulate); break;
+    case 8: panels(8, cols, depth, a, b, b_step, b_panel, c, c_stride, accumulate); break;
+    case 9: panels(9, cols, depth, a, b, b_step, b_panel, c, c_stride, accumulate); break;
+    case 10: panels(10, cols, depth, a, b, b_step, b_panel, c, c_stride, accumulate); break;
+    case 11: panels(11, cols, depth, a, b, b_step, b_panel, c, c_stride, accumulate); break;
+    default: panels(12, cols, depth, a, b, b_step, b_panel, c, c_stride, accumulate); break;
+    }
+}
+
+/* Interleave by 1, 2, 4 and 8 elements: four stages of 16 shuffles. */
+FC_INLINE void transpose16(__m512 x[16]) {
+    __m512 t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        x[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
+        x[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
+        x[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3])));
+        x[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3])));
+    }
+    /* Now x[4 q + c] holds columns c, c + 4, c + 8, c + 12 of rows 4 q ... 4 q + 3, one per 128-bit lane. */
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        t[c] = _mm512_shuffle_f32x4(x[c], x[4 + c], 0x88);
+        t[4 + c] = _mm512_shuffle_f32x4(x[c], x[4 + c], 0xdd);
+        t[8 + c] = _mm512_shuffle_f32x4(x[8 + c], x[12 + c], 0x88);
+        t[12 + c] = _mm512_shuffle_f32x4(x[8 + c], x[12 + c], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        x[c] = _mm512_shuffle_f32x4(t[c], t[8 + c], 0x88);
+        x[8 + c] = _mm512_shuffle_f32x4(t[c], t[8 + c], 0xdd);
+        x[4 + c] = _mm512_shuffle_f32x4(t[4 + c], t[12 + c], 0x88);
+        x[12 + c] = _mm512_shuffle_f32x4(t[4 + c], t[12 + c], 0xdd);
+    }
+}
+
+/* 16 x 16 or less of pack_rows; inlined once with constants for the whole case. */
+FC_INLINE void pack_square(const float *in, int64_t stride, int64_t rows, int64_t depth, float *out, int64_t width,
+                           __mmask16 lanes) {
+    const __mmask16 present = first_lanes(depth);
+    __m512 x[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) x[i] = i < rows ? _mm512_maskz_loadu_ps(present, in + i * stride) : _mm512_setzero_ps();
+    transpose16(x);
+#pragma GCC unroll 16
+    for (int d = 0; d < 16; d++)
+        if (d < depth) _mm512_mask_storeu_ps(out + d * width, lanes, x[d]);
+}
+
+static void pack_rows_f32_avx512(const float *in, int64_t stride, int64_t rows, int64_t depth, float *out, int64_t width) {
+    for (int64_t i = 0; i < width; i += LANES, in += LANES * stride, out += LANES) {
+        const __mmask16 lanes = first_lanes(width - i);
+        int64_t d = 0;
+        if (rows - i >= LANES)
+            for (; d + LANES <= depth; d += LANES) pack_square(in + d, stride, LANES, LANES, out + d * width, width, 0xffff);
+        for (; d < depth; d += LANES) pack_square(in + d, stride, rows - i, depth - d, out + d * width, width, lanes);
+    }
+}
+
+static void pack_columns_f32_avx512(const float *in, int64_t stride, int64_t cols, int64_t depth, float *out, int64_t width) {
+    if (cols == NR && width == NR) {
+        for (int64_t d = 0; d < depth; d++, in += stride, out += NR) {
+            _mm512_storeu_ps(out, _mm512_loadu_ps(in));
+            _mm512_storeu_ps(out + LANES, _mm512_loadu_ps(in + LANES));
+        }
+        return;
+    }
+    for (int64_t j = 0; j < width; j += LANES) {
+        const __mmask16 from = first_lanes(cols - j), to = first_lanes(width - j);
+        for (int64_t d = 0; d < depth; d++)
+            _mm512_mask_storeu_ps(out + d * width + j, to, _mm512_maskz_loadu_ps(from, in + d * stride + j));
+    }
+}
+
+static void expand_s8_f32_avx512(const int8_t *codes, float scale, int64_t n, float *out) {
+    const __m512 factor = _mm512_set1_ps(scale);
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(codes + i)));
+        _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_cvtepi32_ps(wide), factor));
+    }
+    const __mmask16 rest = first_lanes(n - i);
+    const __m512i wide = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(rest, codes + i));
+    _mm512_mask_storeu_ps(out + i, rest, _mm512_mul_ps(_mm512_cvtepi32_ps(wide), factor));
+}
+
+static float dot_f32_avx512(const float *a, const float *b, int64_t n) {
+    __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
+    int64_t i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES) {
+        s0 = _mm512_fmadd_ps(_mm512_loadu_ps(a + i), _mm512_loadu_ps(b + i), s0);
+        s1 = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16), _mm512_loadu_ps(b + i + 16), s1);
+        s2 = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 32), _mm512_loadu_ps(b + i + 32), s2);
+        s3 = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 48), _mm512_loadu_ps(b + i + 48), s3);
+    }
+    for (; i < n; i += LANES) {
+        const __mmask16 lanes = first_lanes(n - i);
+        s0 = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, a + i), _mm512_maskz_loadu_ps(lanes, b + i), s0);
+    }
+    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(s0, s1), _mm512_add_ps(s2, s3)));
+}
+
+static void epilogue_f32_avx512(float *c, int64_t c_stride, int64_t rows, int64_t cols, const float *bias,
+                                fc_activation activation, const float *residual, int64_t residual_stride) {
+    epilogue_body(c, c_stride, rows, cols, bias, activation, residual, residual_stride);
+}
+
+FC_TARGET_END
+
+void fc_dense_install_avx512(fc_table *table) {
+    FC_INSTALL(table, gemm_f32, avx512);
+    FC_INSTALL(table, pack_rows_f32, avx512);
+    FC_INSTALL(table, pack_columns_f32, avx512);
+    FC_INSTALL(table, expand_s8_f32, avx512);
+    FC_INSTALL(table, dot_f32, avx512);
+    FC_INSTALL(table, epilogue_f32, avx512);
+    table->gemm_rows = MR;
+    table->gemm_cols = NR;
+    table->gemm_depth = KC;
+}
+#endif

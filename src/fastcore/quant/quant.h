@@ -1,10 +1,135 @@
+/* int8: symmetric quantisation to [-127, 127], and the dense product of quantised activations with int8 weights.
+ *
+ * One convention on every instruction set: an activation code q is stored as the byte q + 128, four consecutive k in one
+ * dword; the product takes 128 * sum(w) off again. Sums are exact modulo 2^32 and the true sum fits an int32 up to
+ * FC_INT8_MAX_K, so every kernel here gives the same bits on every instruction set and any number of threads.
+ *
+ * Panels of quantised activations x[m, k], K4 = ceil(k / 4); the pad of the last dword along k is 128 (q = 0):
+ *   "tile"   [ceil(m / 12)][K4][12] dwords, for the dense product. The last group holds only its m % 12 rows: [K4][m % 12].
+ *   "lanes"  [K4][Mp] dwords, Mp = m rounded up to a multiple of 16, pad rows 128, for the sparse product.
+ * Quantising a row: scale = max|x| / 127 and q = round half even(x * (127 / max|x|)), each operation rounded to float32.
+ * A row whose max|x| is below FC_INT8_TINY has scale 1 and all q = 0. A row with an infinity or a NaN has scale NaN, so that
+ * everything computed from it is NaN; its codes are of no meaning (but the same everywhere).
+ */
 #ifndef FC_QUANT_H
 #define FC_QUANT_H
 
-#include "../status.h"
+#include <stdint.h>
 
-#define FC_QUANT_SLOTS(SLOT)
+#include "../isa.h"
+#include "../nn/activation.h"
+#include "../status.h"
+#include "../weight.h"
+
+enum {
+    FC_INT8_ROWS = 12,      /* rows of x in a group of the "tile" layout */
+    FC_INT8_COLUMNS = 32,   /* rows of the weight in a packed panel */
+    FC_INT8_LANES = 16,     /* what the "lanes" layout rounds m up to */
+    FC_INT8_MAX_K = 133143, /* floor((2^31 - 1) / 127^2) */
+};
+#define FC_INT8_TINY 0x1p-119f /* below it max|x| / 127 is subnormal */
+
+typedef enum fc_panel_layout { FC_PANEL_TILE, FC_PANEL_LANES } fc_panel_layout;
+
+/* Bytes of a panel; m < 2^31, k <= FC_INT8_MAX_K. */
+FC_INLINE int64_t fc_codes_nbytes(int64_t m, int64_t k, fc_panel_layout layout) {
+    const int64_t rows = layout == FC_PANEL_LANES ? (m + FC_INT8_LANES - 1) / FC_INT8_LANES * FC_INT8_LANES : m;
+    return (k + 3) / 4 * rows * 4;
+}
+
+/* One register tile of the dense product: up to 12 rows by up to 32 columns, over the whole of k. */
+typedef struct fc_int8_tile {
+    const uint8_t *codes; /* [k4][rows][4], a group of the "tile" layout; any alignment */
+    const int8_t *weight; /* [k4][32][4], 64-byte aligned; columns beyond `columns` are 0 */
+    int64_t k4;
+    int rows, columns;
+    const float *scales;              /* [rows] */
+    const int32_t *correction;        /* [32]: 128 * sum over k of the weight, modulo 2^32 */
+    const float *weight_scale, *bias; /* [32] each, padded by anything; a bias of -0 changes nothing */
+    const float *residual;            /* [rows, stride] or NULL; may be `out` */
+    float *out;                       /* [rows, stride] */
+    int64_t stride;
+    fc_activation activation;
+} fc_int8_tile;
+
+/* out = activation((float)(acc - correction) * (scales[row] * weight_scale[column]) + bias[column]) + residual, in this order,
+ * every operation rounded to float32, acc = sum over k of codes * weight modulo 2^32. Exact: the same bits on every instruction
+ * set. */
+typedef void fc_linear_u8_s8_f32_fn(const fc_int8_tile *tile);
+
+/* max|x| of n floats, 0 if n is 0; infinite or NaN if any of them is. Exact. */
+typedef float fc_max_abs_f32_fn(const float *x, int64_t n);
+
+/* The same down each of `columns` columns of x[k, stride]. Exact. */
+typedef void fc_max_abs_lanes_f32_fn(const float *x, int64_t stride, int64_t columns, int64_t k, float *max);
+
+/* codes = round half even(x / scale) for |x| <= 127 * scale (1 + 2^-23), scale normal. Exact. */
+typedef void fc_quantize_f32_s8_fn(const float *x, int64_t n, float scale, int8_t *codes);
+
+/* Quantise x[rows, stride] to dwords: row r at columns 4 i ... goes to dword out[i * out_stride + r]. |x * inverse[r]| < 127.5,
+ * or NaN, which gives the byte 0. Writes exactly `rows` dwords for each i < ceil(k / 4). Exact. */
+typedef void fc_quantize_rows_f32_u8_fn(const float *x, int64_t stride, int64_t rows, int64_t k, const float *inverse,
+                                        uint8_t *out, int64_t out_stride);
+
+/* The same from x[k, stride], row r of the matrix lying in column r < rows. Exact. */
+typedef void fc_quantize_lanes_f32_u8_fn(const float *x, int64_t stride, int64_t rows, int64_t k, const float *inverse,
+                                         uint8_t *out, int64_t out_stride);
+
+#define FC_QUANT_SLOTS(SLOT)                                                                                                     \
+    SLOT(max_abs_f32)                                                                                                            \
+    SLOT(max_abs_lanes_f32) SLOT(quantize_f32_s8) SLOT(quantize_rows_f32_u8) SLOT(quantize_lanes_f32_u8) SLOT(linear_u8_s8_f32)
 #define FC_QUANT_TUNING
+
+/* ---- drivers: steps ---- */
+
+typedef struct fc_quantize_weight_args {
+    const float *values; /* [n, k], or blocks [blocks, block_rows, block_columns] with row_offsets [n / block_rows + 1] */
+    const int32_t *row_offsets;
+    int64_t n, k, block_rows, block_columns;
+    int8_t *codes; /* like values; 0 in a row that is tiny or not finite, whose scale is 1 or NaN */
+    float *scale;  /* [n] */
+} fc_quantize_weight_args;
+void fc_quantize_weight(const void *args, int rank, int size);
+void fc_quantize_blocks(const void *args, int rank, int size);
+/* Check that row_offsets rise from 0 to `blocks`. */
+fc_status fc_row_offsets_validate(const int32_t *row_offsets, int64_t groups, int64_t blocks);
+
+typedef struct fc_quantize_activations_args {
+    const float *x; /* [m, k], or [k, m] if x_lanes */
+    int x_lanes;
+    int64_t m, k;
+    fc_panel_layout layout;
+    uint8_t *codes; /* fc_codes_nbytes(m, k, layout) */
+    float *scales;  /* [m] */
+} fc_quantize_activations_args;
+void fc_quantize_activations(const void *args, int rank, int size);
+
+/* A weight in the order the tiles read it, the same on every instruction set. */
+typedef struct fc_packed_int8 {
+    int64_t n, k, nbytes;
+    int8_t *panels;      /* [ceil(n / 32)][K4][32][4], pads 0 */
+    int32_t *correction; /* [ceil(n / 32)][32] */
+} fc_packed_int8;
+/* Allocate for an [n, k] weight; fc_pack_int8 fills it. */
+fc_status fc_packed_int8_init(fc_packed_int8 *packed, int64_t n, int64_t k);
+void fc_packed_int8_free(fc_packed_int8 *packed);
+
+typedef struct fc_pack_int8_args {
+    const int8_t *codes; /* [n, k] */
+    const fc_packed_int8 *packed;
+} fc_pack_int8_args;
+void fc_pack_int8(const void *args, int rank, int size);
+
+typedef struct fc_linear_int8_args {
+    const uint8_t *codes; /* a "tile" panel of [m, weight->k] */
+    const float *scales;  /* [m] */
+    const fc_packed_int8 *weight;
+    const float *weight_scale, *bias, *residual; /* [n], [n] or NULL, [m, n] or NULL */
+    float *out;                                  /* [m, n] */
+    int64_t m;
+    fc_activation activation;
+} fc_linear_int8_args;
+void fc_linear_int8(const void *args, int rank, int size);
 
 struct fc_table;
 void fc_quant_install_scalar(struct fc_table *table);

@@ -1,4 +1,11 @@
+/* Block weights: checked, packed, expanded, and multiplied with activations whose rows lie side by side in vector lanes.
+ *
+ * A product walks tiles of 64 columns of M. The activations of one K block of a tile are copied into a contiguous panel that stays
+ * in L1 (rows of x that are a power of two apart would share a few cache sets), then every weight row of a chunk adds what it has
+ * in that K block to sums on the stack. Each sum is one chain in ascending K, so no partition, tile width or K block changes a bit.
+ */
 #include "../fastcore.h"
+#include "../parallel.h"
 
 fc_status fc_blocks_validate(const fc_weight *weight, int64_t blocks) {
     const int64_t groups = weight->n / weight->block_rows, columns = weight->k / weight->block_cols;
@@ -11,4 +18,198 @@ fc_status fc_blocks_validate(const fc_weight *weight, int64_t blocks) {
                 return FC_BAD_ARGUMENT;
     }
     return FC_OK;
+}
+
+/* ---- packing and expanding ---- */
+
+int64_t fc_blocks_count(const uint8_t *mask, int64_t count) {
+    int64_t blocks = 0;
+    for (int64_t i = 0; i < count; i++) blocks += mask[i] != 0;
+    return blocks;
+}
+
+void fc_blocks_pack(const float *weight, const uint8_t *mask, int64_t n, int64_t k, int32_t block_rows, int32_t block_cols,
+                    float *values, int32_t *row_offsets, int32_t *index) {
+    const int64_t columns = k / block_cols;
+    int32_t blocks = 0;
+    row_offsets[0] = 0;
+    for (int64_t g = 0; g < n / block_rows; g++) {
+        for (int64_t j = 0; j < columns; j++) {
+            if (!mask[g * columns + j]) continue;
+            index[blocks++] = (int32_t)j;
+            for (int64_t r = 0; r < block_rows; r++, values += block_cols)
+                memcpy(values, weight + (g * block_rows + r) * k + j * block_cols, (size_t)block_cols * sizeof *values);
+        }
+        row_offsets[g + 1] = blocks;
+    }
+}
+
+static void expand_block(const fc_weight *w, int64_t row, int64_t b, float *out) {
+    const int64_t r = w->block_rows, c = w->block_cols, first = (b * r + row % r) * c;
+    for (int64_t j = 0; j < c; j++)
+        out[j] = w->kind == FC_BLOCKS_S8 ? (float)((const int8_t *)w->values)[first + j] * w->scale[row]
+                                         : ((const float *)w->values)[first + j];
+}
+
+void fc_blocks_unpack(const void *args, int rank, int size) {
+    const fc_unpack *unpack = args;
+    const fc_weight *w = &unpack->weight;
+    int64_t begin, end;
+    fc_partition(w->n, w->block_rows, rank, size, &begin, &end);
+    for (int64_t row = begin; row < end; row++) {
+        float *out = unpack->out + row * w->k;
+        memset(out, 0, (size_t)w->k * sizeof *out);
+        for (int64_t b = w->row_offsets[row / w->block_rows]; b < w->row_offsets[row / w->block_rows + 1]; b++)
+            expand_block(w, row, b, out + (int64_t)w->index[b] * w->block_cols);
+    }
+}
+
+/* ---- products ---- */
+
+/* Panel rows of one column block: codes keep four consecutive K in one dword. */
+static int64_t panel_rows(const fc_weight *w) { return w->kind == FC_BLOCKS_S8 ? 1 : w->block_cols; }
+
+fc_blocks_split fc_blocks_split_k(const fc_weight *weight) {
+    const int64_t columns = weight->k / weight->block_cols, most = FC_PANEL_ROWS / panel_rows(weight);
+    if (columns <= most) return (fc_blocks_split){most, 1};
+    const int64_t blocks = (columns + most - 1) / most, even = (columns + blocks - 1) / blocks;
+    return (fc_blocks_split){even, (columns + even - 1) / even};
+}
+
+static void sum_rows(const fc_weight *w, int64_t group, int32_t *sums) {
+    const int64_t r = w->block_rows, c = w->block_cols;
+    for (int64_t i = 0; i < r; i++) {
+        int32_t sum = 0;
+        for (int64_t b = w->row_offsets[group]; b < w->row_offsets[group + 1]; b++)
+            for (int64_t j = 0; j < c; j++) sum += ((const int8_t *)w->values)[(b * r + i) * c + j];
+        sums[group * r + i] = sum;
+    }
+}
+
+void fc_blocks_prepare(const fc_weight *weight, int32_t *cuts, int32_t *sums) {
+    const int64_t groups = weight->n / weight->block_rows;
+    const fc_blocks_split split = fc_blocks_split_k(weight);
+    for (int64_t g = 0; g < groups; g++) {
+        int32_t b = weight->row_offsets[g];
+        for (int64_t q = 0; q <= split.count; q++) {
+            while (b < weight->row_offsets[g + 1] && weight->index[b] < q * split.columns) b++;
+            cuts[q * groups + g] = b;
+        }
+        if (sums) sum_rows(weight, g, sums);
+    }
+}
+
+/* Cut the row groups where an equal share of the work lies on both sides; a row's epilogue counts like some stored values. */
+static int64_t balanced_cut(const fc_weight *w, int64_t groups, int rank, int size) {
+    enum { EPILOGUE = 8 };
+    const int64_t per_block = panel_rows(w);
+    const double wanted = (double)(w->row_offsets[groups] * per_block + groups * EPILOGUE) * rank / size;
+    int64_t low = 0, high = groups;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if ((double)(w->row_offsets[middle] * per_block + middle * EPILOGUE) < wanted)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* What one rank computes: these row groups of these columns. */
+typedef struct share {
+    int64_t first_group, last_group, first_column, last_column;
+} share;
+
+/* Tiles of M divide evenly and read the weights of every row; few of them leave ranks idle, then the rows are divided. */
+static share divide(const fc_sparse_linear *a, int rank, int size) {
+    const int64_t groups = a->weight.n / a->weight.block_rows, tiles = (a->m + FC_LANES - 1) / FC_LANES;
+    share s = {0, groups, 0, a->m};
+    if (tiles % size == 0 || tiles >= 8 * size) {
+        fc_partition(a->m, FC_LANES, rank, size, &s.first_column, &s.last_column);
+    } else {
+        s.first_group = balanced_cut(&a->weight, groups, rank, size);
+        s.last_group = balanced_cut(&a->weight, groups, rank + 1, size);
+    }
+    return s;
+}
+
+typedef float dword;
+
+/* Copy `columns` dwords of each row and fill up to `width` with zeros. */
+static void copy_panel(dword *restrict panel, const dword *restrict x, int64_t stride, int64_t rows, int64_t columns,
+                       int64_t width) {
+    for (int64_t i = 0; i < rows; i++, panel += width, x += stride) {
+        memcpy(panel, x, (size_t)columns * sizeof *panel);
+        for (int64_t j = columns; j < width; j++) panel[j] = 0.0f;
+    }
+}
+
+/* Sum up row groups g ... over all K blocks for the columns m ... (count of them, padded to tile->width). */
+static void multiply(const fc_sparse_linear *a, fc_blocks_tile *tile, dword *panel, int64_t g, int64_t m, int64_t count) {
+    const int coded = a->weight.kind == FC_BLOCKS_S8;
+    const fc_blocks_split split = fc_blocks_split_k(&a->weight);
+    const int64_t groups = a->weight.n / a->weight.block_rows, per_block = panel_rows(&a->weight);
+    const int64_t stride = coded ? (a->m + 15) / 16 * 16 : a->m, columns = a->weight.k / a->weight.block_cols;
+    /* A narrow tile takes several K blocks at once: as many as fill the panel. */
+    const int64_t step = FC_LANES / tile->width;
+    for (int64_t q = 0; q < split.count; q += step) {
+        const int64_t next = q + step < split.count ? q + step : split.count;
+        const int64_t begin = q * split.columns, end = next * split.columns < columns ? next * split.columns : columns;
+        copy_panel(panel, (const dword *)a->x + begin * per_block * stride + m, stride, (end - begin) * per_block,
+                   coded ? tile->width : count, tile->width);
+        tile->base = (int32_t)begin;
+        tile->begin = a->cuts + q * groups + g;
+        tile->end = a->cuts + next * groups + g;
+        tile->first = q == 0;
+        if (coded)
+            fc_kernels.multiply_blocks_u8_s8(tile);
+        else
+            fc_kernels.multiply_blocks_f32(tile);
+    }
+}
+
+static void finish(const fc_sparse_linear *a, const fc_blocks_tile *tile, int64_t row, int64_t m, int64_t count) {
+    const fc_lanes_epilogue epilogue = {
+        .sum = tile->sum,
+        .width = tile->width,
+        .count = count,
+        .rows = tile->groups * tile->block_rows,
+        .stride = a->m,
+        .scales = a->scales ? a->scales + m : NULL,
+        .weight_scale = a->weight_scale ? a->weight_scale + row : NULL,
+        .bias = a->bias ? a->bias + row : NULL,
+        .residual = a->residual ? a->residual + row * a->m + m : NULL,
+        .out = a->out + row * a->m + m,
+        .activation = a->activation,
+    };
+    if (a->weight.kind == FC_BLOCKS_S8)
+        fc_kernels.finish_lanes_s32(&epilogue);
+    else
+        fc_kernels.finish_lanes_f32(&epilogue);
+}
+
+void fc_sparse_linear_run(const void *args, int rank, int size) {
+    const fc_sparse_linear *a = args;
+    _Alignas(64) dword panel[FC_PANEL_ROWS * FC_LANES];
+    _Alignas(64) dword sum[FC_TILE_ROWS * FC_LANES];
+    const fc_weight *w = &a->weight;
+    const int64_t most = FC_TILE_ROWS / w->block_rows;
+    const share s = divide(a, rank, size);
+    for (int64_t g = s.first_group; g < s.last_group; g += most)
+        for (int64_t m = s.first_column; m < s.last_column; m += FC_LANES) {
+            const int64_t count = s.last_column - m < FC_LANES ? s.last_column - m : FC_LANES;
+            fc_blocks_tile tile = {
+                .panel = panel,
+                .width = (count + 15) / 16 * 16,
+                .values = w->values,
+                .index = w->index,
+                .sums = a->sums ? a->sums + g * w->block_rows : NULL,
+                .sum = sum,
+                .groups = s.last_group - g < most ? s.last_group - g : most,
+                .block_rows = w->block_rows,
+                .block_cols = w->block_cols,
+            };
+            multiply(a, &tile, panel, g, m, count);
+            finish(a, &tile, g * w->block_rows, m, count);
+        }
 }

@@ -1,14 +1,140 @@
+/* The sparse family: pruning masks by magnitude, weights in small blocks, and products with them.
+ *
+ * A block weight is read in its canonical form (weight.h): values and index are what the kernels want, so packing adds only where
+ * the blocks of each row group fall among the K blocks of the loop, and the row sums of an int8 weight.
+ */
 #ifndef FC_SPARSE_H
 #define FC_SPARSE_H
 
+#include <stdint.h>
+
+#include "../nn/activation.h"
 #include "../status.h"
 #include "../weight.h"
 
-#define FC_SPARSE_SLOTS(SLOT)
+enum {
+    FC_LANES = 64,       /* columns of a tile: four 512-bit accumulators per weight row */
+    FC_PANEL_ROWS = 128, /* panel rows of a K block: 32 KiB of activations */
+    FC_TILE_ROWS = 256,  /* weight rows whose accumulators (64 KiB) live on the stack at once */
+};
+
+/* ---- magnitudes: the bits of a float32 with the sign cleared, which order as the numbers do ---- */
+
+typedef struct fc_magnitude_counts {
+    int64_t below, nan;
+    int64_t *buckets;
+} fc_magnitude_counts;
+
+/* Add to `counts` what x[n] holds: below low, NaN, and in each of `buckets` buckets of 1 << shift magnitudes from low on.
+ * x of any alignment; low + (buckets << shift) <= 1 << 31. Exact. */
+typedef void fc_count_magnitudes_f32_fn(const float *x, int64_t n, uint32_t low, int shift, int64_t buckets,
+                                        fc_magnitude_counts *counts);
+
+/* mask[n] = 1 where the magnitude of x exceeds `threshold`, 0 where it is below; of those equal to it the first `drop` become 0,
+ * the rest 1. Any alignment, no overlap. Returns how many of `drop` are left. Exact. */
+typedef int64_t fc_mask_magnitudes_f32_fn(const float *x, int64_t n, uint32_t threshold, int64_t drop, uint8_t *mask);
+
+/* out[columns] = the sum of squares of each block of block_rows x block_cols in weight[block_rows][columns * block_cols].
+ * Blocks of four columns pair them, (0 + 1) + (2 + 3); else columns and rows add up in order. No fused operations: exact. */
+typedef void fc_sum_block_squares_f32_fn(const float *weight, int64_t columns, int64_t block_rows, int64_t block_cols, float *out);
+
+/* ---- products, lanes along M ---- */
+
+/* One tile of a product: `groups` row groups against one K block of `width` columns. */
+typedef struct fc_blocks_tile {
+    const void *panel;          /* [panel rows][width] dwords, 64-byte aligned: floats, or four codes of consecutive K */
+    int64_t width;              /* 16, 32, 48 or 64 */
+    const void *values;         /* blocks of [block_rows][block_cols] */
+    const int32_t *index;       /* by block; its first panel row is (index - base) * block_cols, or index - base for codes */
+    const int32_t *begin, *end; /* [groups]: the blocks of a group that fall into the panel */
+    const int32_t *sums;        /* int8 only: [groups * block_rows] sums over the whole row */
+    void *sum;                  /* [groups * block_rows][width] float or int32, 64-byte aligned: the accumulators */
+    int64_t groups;
+    int32_t base, block_rows, block_cols;
+    int32_t first; /* start from zero instead of from what `sum` holds */
+} fc_blocks_tile;
+
+/* sum += values x panel, blocks of 1x1, 1x4, 2x4 or 4x4. One fused multiply-add per stored value, in ascending K: exact. */
+typedef void fc_multiply_blocks_f32_fn(const fc_blocks_tile *tile);
+/* The same over codes q + 128 (u8, 1..255) and int8 values in blocks of 1x4, 2x4 or 4x4: sum += values x q. Exact. */
+typedef void fc_multiply_blocks_u8_s8_fn(const fc_blocks_tile *tile);
+
+/* What becomes of finished accumulators. `count` columns of each of `rows` rows are written; rows of out and residual are
+ * `stride` apart. out may be residual. bias and residual may be NULL. */
+typedef struct fc_lanes_epilogue {
+    const void *sum; /* [rows][width] float or int32 */
+    int64_t width, count, rows, stride;
+    const float *scales, *weight_scale; /* int32 only: [count] by column, [rows] by row */
+    const float *bias, *residual;       /* [rows], [rows][stride] */
+    float *out;
+    fc_activation activation;
+} fc_lanes_epilogue;
+
+/* out = activation(sum + bias) + residual. Exact. */
+typedef void fc_finish_lanes_f32_fn(const fc_lanes_epilogue *epilogue);
+/* out = activation((float)sum * (scales * weight_scale) + bias) + residual. Exact: multiplications and additions in this order. */
+typedef void fc_finish_lanes_s32_fn(const fc_lanes_epilogue *epilogue);
+
+#define FC_SPARSE_SLOTS(SLOT)                                                                                                        \
+    SLOT(count_magnitudes_f32)                                                                                                       \
+    SLOT(mask_magnitudes_f32)                                                                                                        \
+    SLOT(sum_block_squares_f32)                                                                                                      \
+    SLOT(multiply_blocks_f32) SLOT(multiply_blocks_u8_s8) SLOT(finish_lanes_f32) SLOT(finish_lanes_s32)
 #define FC_SPARSE_TUNING
+
+/* ---- drivers ---- */
+
+/* The k-th smallest magnitude (k from 1): its bits, how many are below it and how many equal it. */
+typedef struct fc_selection {
+    uint32_t bits;
+    int64_t below, equal;
+} fc_selection;
+
+/* FC_BAD_ARGUMENT if x holds a NaN. 1 <= k <= n. */
+fc_status fc_select_magnitude(const float *x, int64_t n, int64_t k, int threads, fc_selection *found);
+/* Exactly `drop` zeros, 0 <= drop <= n; ties go by lowest index. FC_BAD_ARGUMENT if x holds a NaN. */
+fc_status fc_magnitude_mask(const float *x, int64_t n, int64_t drop, int threads, uint8_t *mask);
+
+typedef struct fc_block_grid {
+    const float *weight; /* [n][k] */
+    int64_t n, k, block_rows, block_cols;
+    float *out; /* [n / block_rows][k / block_cols] */
+} fc_block_grid;
+void fc_block_magnitudes(const void *grid, int rank, int size);
 
 /* Check row_offsets and index of a block weight before any kernel follows them. */
 fc_status fc_blocks_validate(const fc_weight *weight, int64_t blocks);
+/* How many entries of mask[count] are not 0. */
+int64_t fc_blocks_count(const uint8_t *mask, int64_t count);
+/* Gather the blocks of weight[n][k] where mask[n / r][k / c] is not 0. The caller has counted them: at most INT32_MAX. */
+void fc_blocks_pack(const float *weight, const uint8_t *mask, int64_t n, int64_t k, int32_t block_rows, int32_t block_cols,
+                    float *values, int32_t *row_offsets, int32_t *index);
+
+typedef struct fc_unpack {
+    fc_weight weight;
+    float *out; /* [n][k] */
+} fc_unpack;
+void fc_blocks_unpack(const void *unpack, int rank, int size);
+
+/* Column blocks per K block, and how many K blocks there are. */
+typedef struct fc_blocks_split {
+    int64_t columns, count;
+} fc_blocks_split;
+fc_blocks_split fc_blocks_split_k(const fc_weight *weight);
+/* cuts[count + 1][n / block_rows]: the first block at or after each K block; sums[n] for an int8 weight, else NULL. */
+void fc_blocks_prepare(const fc_weight *weight, int32_t *cuts, int32_t *sums);
+
+typedef struct fc_sparse_linear {
+    fc_weight weight;
+    const int32_t *cuts, *sums;
+    const void *x; /* float [k][m], or codes [k / 4][m rounded up to 16][4] */
+    int64_t m;
+    const float *scales, *weight_scale; /* codes only: [m], [n] */
+    const float *bias, *residual;       /* [n], [n][m]; may be NULL */
+    float *out;                         /* [n][m]; may be residual, must not overlap x */
+    fc_activation activation;
+} fc_sparse_linear;
+void fc_sparse_linear_run(const void *linear, int rank, int size);
 
 struct fc_table;
 void fc_sparse_install_scalar(struct fc_table *table);

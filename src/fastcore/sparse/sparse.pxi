@@ -1,1 +1,225 @@
 # The sparse family's part of the border.
+import numpy
+
+from libc.string cimport memcpy
+
+cdef extern from "sparse/sparse.h" nogil:
+    ctypedef struct fc_selection:
+        uint32_t bits
+        int64_t below, equal
+    ctypedef struct fc_block_grid:
+        const float *weight
+        int64_t n, k, block_rows, block_cols
+        float *out
+    ctypedef struct fc_unpack:
+        fc_weight weight
+        float *out
+    ctypedef struct fc_blocks_split:
+        int64_t columns, count
+    ctypedef struct fc_sparse_linear:
+        fc_weight weight
+        const int32_t *cuts
+        const int32_t *sums
+        const void *x
+        int64_t m
+        const float *scales
+        const float *weight_scale
+        const float *bias
+        const float *residual
+        float *out
+        fc_activation activation
+    fc_status fc_select_magnitude(const float *x, int64_t n, int64_t k, int threads, fc_selection *found)
+    fc_status fc_magnitude_mask(const float *x, int64_t n, int64_t drop, int threads, uint8_t *mask)
+    void fc_block_magnitudes(const void *grid, int rank, int size) noexcept
+    int64_t fc_blocks_count(const uint8_t *mask, int64_t count)
+    void fc_blocks_pack(
+        const float *weight, const uint8_t *mask, int64_t n, int64_t k, int32_t block_rows, int32_t block_cols, float *values,
+        int32_t *row_offsets, int32_t *index)
+    void fc_blocks_unpack(const void *unpack, int rank, int size) noexcept
+    fc_blocks_split fc_blocks_split_k(const fc_weight *weight)
+    void fc_blocks_prepare(const fc_weight *weight, int32_t *cuts, int32_t *sums)
+    void fc_sparse_linear_run(const void *linear, int rank, int size) noexcept
+
+
+cdef int check_magnitudes(fc_status status) except -1:
+    if status == FC_BAD_ARGUMENT:
+        raise ValueError("x holds a NaN, which has no place among magnitudes")
+    return check(status)
+
+
+def kth_magnitude(object x not None, int64_t k, int threads=1):
+    """Return the exact k-th smallest |x| (k from 1) of a flat float32 array; ValueError if x holds a NaN."""
+    cdef const float *values = <const float *>pointer(x, "x", "f", (None,))
+    cdef int64_t n = x.shape[0]
+    cdef fc_selection found
+    cdef fc_status status
+    cdef float kth
+    if not 1 <= k <= n:
+        raise ValueError(f"k: expected 1 to {n}, got {k}")
+    with nogil:
+        status = fc_select_magnitude(values, n, k, threads, &found)
+    check_magnitudes(status)
+    memcpy(&kth, &found.bits, sizeof(kth))
+    return kth
+
+
+def magnitude_mask(object x not None, int64_t drop, object mask not None, int threads=1):
+    """Write mask (uint8): 0 for exactly the `drop` smallest |x|, ties by lowest index, 1 for the rest; NaN is a ValueError."""
+    cdef const float *values = <const float *>pointer(x, "x", "f", (None,))
+    cdef int64_t n = x.shape[0]
+    cdef uint8_t *out = <uint8_t *>pointer(mask, "mask", "B", (n,), True)
+    cdef fc_status status
+    if not 0 <= drop <= n:
+        raise ValueError(f"drop: expected 0 to {n}, got {drop}")
+    with nogil:
+        status = fc_magnitude_mask(values, n, drop, threads, out)
+    check_magnitudes(status)
+
+
+cdef tuple block_shape(object shape, tuple block):
+    """Return (n / r, k / c) after checking that blocks of [r, c] tile an [n, k] matrix."""
+    cdef int64_t n, k, r, c
+    n, k = shape
+    r, c = block
+    if r < 1 or c < 1 or n % r or k % c:
+        raise ValueError(f"blocks of {block} do not tile a weight of shape {tuple(shape)}")
+    return (n // r, k // c)
+
+
+def block_magnitudes(object weight not None, tuple block not None, object out not None, int threads=1):
+    """Write out[n/r, k/c] = the sum of squares of each block of weight[n, k]."""
+    cdef fc_block_grid grid
+    grid.weight = <const float *>pointer(weight, "weight", "f", (None, None))
+    grid.out = <float *>pointer(out, "out", "f", block_shape(weight.shape, block), True)
+    grid.n, grid.k = weight.shape
+    grid.block_rows, grid.block_cols = block
+    run_now(fc_block_magnitudes, &grid, threads)
+
+
+def pack_blocks(object weight not None, object mask not None, tuple block not None):
+    """Return (values [blocks, r, c], row_offsets, index) of the blocks of weight[n, k] where mask[n/r, k/c] is not 0."""
+    cdef const float *dense = <const float *>pointer(weight, "weight", "f", (None, None))
+    cdef tuple grid = block_shape(weight.shape, block)
+    cdef const uint8_t *keep = <const uint8_t *>pointer(mask, "mask", "B", grid)
+    cdef int64_t n, k, entries, blocks
+    cdef int32_t r, c
+    n, k = weight.shape
+    r, c = block
+    entries = grid[0] * grid[1]
+    with nogil:
+        blocks = fc_blocks_count(keep, entries)
+    if blocks > 0x7fffffff:
+        raise ValueError(f"{blocks} blocks are more than an int32 index can count")
+    values = numpy.empty((blocks, r, c), numpy.float32)
+    row_offsets, index = numpy.empty(grid[0] + 1, numpy.int32), numpy.empty(blocks, numpy.int32)
+    cdef float *packed = <float *>pointer(values, "values", "f", (blocks, r, c), True)
+    cdef int32_t *offsets = <int32_t *>pointer(row_offsets, "row_offsets", "i", (grid[0] + 1,), True)
+    cdef int32_t *columns = <int32_t *>pointer(index, "index", "i", (blocks,), True)
+    with nogil:
+        fc_blocks_pack(dense, keep, n, k, r, c, packed, offsets, columns)
+    return values, row_offsets, index
+
+
+def unpack_blocks(Weight weight not None, object out not None, int threads=1):
+    """Write out[n, k] = the dense float32 matrix of a block weight, scales applied."""
+    cdef fc_unpack unpack
+    if weight.view.kind not in (FC_BLOCKS_F32, FC_BLOCKS_S8):
+        raise ValueError("weight: expected blocks, got a dense weight")
+    unpack.weight = weight.view
+    unpack.out = <float *>pointer(out, "out", "f", weight.shape, True)
+    run_now(fc_blocks_unpack, &unpack, threads)
+
+
+cdef class PackedBlocks:
+    """A block weight with what its kernel wants to know beforehand: where rows cross K blocks, and the sums of int8 rows.
+
+    It refers to the weight's arrays. Values of float32 blocks may change; an index or int8 values may not.
+    """
+    cdef fc_weight view
+    cdef const int32_t *cuts
+    cdef const int32_t *sums
+    cdef tuple held
+    cdef readonly tuple shape
+    cdef readonly int64_t nbytes
+
+    def __init__(self, Weight weight not None):
+        cdef fc_weight *view = &weight.view
+        cdef int64_t groups
+        cdef int32_t *cuts
+        cdef int32_t *sums = NULL
+        if view.kind not in (FC_BLOCKS_F32, FC_BLOCKS_S8):
+            raise ValueError("weight: expected blocks, got a dense weight")
+        block = (view.block_rows, view.block_cols)
+        known = [(1, 4), (2, 4), (4, 4)]
+        if view.kind == FC_BLOCKS_F32:
+            known.append((1, 1))
+        if block not in known:
+            raise ValueError(f"weight: no kernel for blocks of {block}; choose one of {sorted(known)}")
+        if view.kind == FC_BLOCKS_S8 and view.k >= 1 << 17:
+            raise ValueError(f"weight: int32 sums hold fewer than {1 << 17} products of int8, got {view.k}")
+        groups = view.n // view.block_rows
+        cut_array = numpy.empty((fc_blocks_split_k(view).count + 1, groups), numpy.int32)
+        cuts = <int32_t *>pointer(cut_array, "cuts", "i", (None, groups), True)
+        sum_array = None
+        if view.kind == FC_BLOCKS_S8:
+            sum_array = numpy.empty(view.n, numpy.int32)
+            sums = <int32_t *>pointer(sum_array, "sums", "i", (view.n,), True)
+        with nogil:
+            fc_blocks_prepare(view, cuts, sums)
+        self.view, self.cuts, self.sums = view[0], cuts, sums
+        self.shape = weight.shape
+        self.held = (weight, cut_array, sum_array)
+        arrays = [*weight.held, cut_array, sum_array]
+        self.nbytes = sum([memoryview(array).nbytes for array in arrays if array is not None])
+
+
+def pack_sparse(Weight weight not None, int threads=1):
+    """Return a PackedBlocks of a weight in blocks."""
+    return PackedBlocks(weight)
+
+
+cdef int bind_epilogue(fc_sparse_linear *a, object out, object bias, object activation, object residual) except -1:
+    """Fill what both products share; a.weight and a.m are set."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; choose one of {sorted(ACTIVATIONS, key=str)}")
+    a.activation = ACTIVATIONS[activation]
+    a.out = <float *>pointer(out, "out", "f", (a.weight.n, a.m), True)
+    a.bias = <const float *>pointer(bias, "bias", "f", (a.weight.n,))
+    a.residual = <const float *>pointer(residual, "residual", "f", (a.weight.n, a.m))
+    return 0
+
+
+def sparse_linear(
+    Program program not None, object x not None, object weight not None, object out not None, object bias, object activation,
+    object residual,
+):
+    """Append out[N, M] = activation(weight[N, K] @ x[K, M] + bias) + residual; out may be residual, must not overlap x."""
+    cdef fc_sparse_linear a
+    cdef PackedBlocks packed = weight if isinstance(weight, PackedBlocks) else PackedBlocks(weight)
+    if packed.view.kind != FC_BLOCKS_F32:
+        raise ValueError("weight: expected float32 blocks, got int8; quantised activations go through sparse_linear_int8")
+    memset(&a, 0, sizeof(a))
+    a.weight, a.cuts = packed.view, packed.cuts
+    a.x = pointer(x, "x", "f", (packed.view.k, None))
+    a.m = x.shape[1]
+    bind_epilogue(&a, out, bias, activation, residual)
+    program.add(fc_sparse_linear_run, &a, sizeof(a), (x, packed, out, bias, residual))
+
+
+def sparse_linear_int8(
+    Program program not None, object codes not None, object scales not None, int64_t m, PackedBlocks weight not None,
+    object weight_scale not None, object out not None, object bias, object activation, object residual,
+):
+    """Append the same product from a "lanes" panel of codes, uint8 [K / 4][m rounded up to 16][4], with scales[m]."""
+    cdef fc_sparse_linear a
+    if weight.view.kind != FC_BLOCKS_S8:
+        raise ValueError("weight: expected int8 blocks, got float32")
+    if m < 0:
+        raise ValueError(f"m: expected at least 0, got {m}")
+    memset(&a, 0, sizeof(a))
+    a.weight, a.cuts, a.sums, a.m = weight.view, weight.cuts, weight.sums, m
+    a.x = pointer(codes, "codes", "B", (weight.view.k * ((m + 15) // 16 * 16),))
+    a.scales = <const float *>pointer(scales, "scales", "f", (m,))
+    a.weight_scale = <const float *>pointer(weight_scale, "weight_scale", "f", (weight.view.n,))
+    bind_epilogue(&a, out, bias, activation, residual)
+    program.add(fc_sparse_linear_run, &a, sizeof(a), (codes, scales, weight, weight_scale, out, bias, residual))

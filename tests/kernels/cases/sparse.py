@@ -1,5 +1,313 @@
 """Cases of the sparse family."""
 
-from kernels.case import Case
+from math import erf
 
-CASES: list[Case] = []
+import numpy as np
+from gristmill import _core
+
+from kernels.case import Case, Work
+
+EPSILON = 2.0**-24  # half an ulp of float32, relative
+
+# ---- magnitudes ----
+
+
+def draw_vector(rng, size):
+    """Normal values with ties, zeros of both signs, denormals and infinities among them."""
+    (n,) = size
+    x = rng.standard_normal(n).astype(np.float32)
+    specials = np.array([0.0, -0.0, 1e-40, -1e-40, np.inf, -np.inf, 0.5, -0.5, np.finfo(np.float32).max], np.float32)
+    where = rng.random(n) < 0.2
+    x[where] = rng.choice(specials, int(where.sum()))
+    return x
+
+
+def kth_inputs(rng, size):
+    x = draw_vector(rng, size)
+    return {"x": x, "ranks": sorted({1, max(1, x.size // 5), max(1, x.size * 4 // 5), max(1, x.size)}) if x.size else []}
+
+
+def kth_run(inputs, outputs, threads):
+    for i, k in enumerate(inputs["ranks"]):
+        outputs["kth"][i] = _core.kth_magnitude(inputs["x"], k, threads)
+
+
+def mask_inputs(rng, size):
+    return {"x": draw_vector(rng, size), "drop": int(size[0] * 0.45)}
+
+
+def mask_oracle(inputs):
+    order = np.argsort(np.abs(inputs["x"]), kind="stable")
+    mask = np.ones(inputs["x"].size, np.uint8)
+    mask[order[: inputs["drop"]]] = 0
+    return {"mask": mask}
+
+
+def no_difference(inputs, wanted):
+    return {name: 0 for name in wanted}
+
+
+KTH = Case(
+    name="kth_magnitude",
+    slots=("count_magnitudes_f32",),
+    sizes=((0,), (1,), (2,), (7,), (8,), (9,), (15,), (16,), (17,), (1023,), (1041,), (40000,), (300001,)),
+    inputs=kth_inputs,
+    outputs=lambda inputs: {"kth": ((len(inputs["ranks"]),), np.float32)},
+    run=kth_run,
+    oracle=lambda inputs: {"kth": np.sort(np.abs(inputs["x"]))[np.array(inputs["ranks"], np.int64) - 1]},
+    bound=no_difference,
+)
+
+# One rank of a long vector: two passes over memory at most.
+KTH_LARGE = Case(
+    name="kth_magnitude_large",
+    slots=("count_magnitudes_f32",),
+    sizes=((1 << 19,),),
+    inputs=lambda rng, size: {"x": rng.standard_normal(size[0], np.float32), "ranks": [size[0] * 4 // 5]},
+    outputs=KTH.outputs,
+    run=kth_run,
+    oracle=KTH.oracle,
+    bound=no_difference,
+    bench=((1 << 26,),),
+    work=lambda size: Work(bytes=2 * 4.0 * size[0]),
+)
+
+MASK = Case(
+    name="magnitude_mask",
+    slots=("mask_magnitudes_f32", "count_magnitudes_f32"),
+    sizes=((0,), (1,), (2,), (7,), (31,), (32,), (33,), (63,), (64,), (65,), (127,), (1023,), (70001,), (300001,)),
+    inputs=mask_inputs,
+    outputs=lambda inputs: {"mask": (inputs["x"].shape, np.uint8)},
+    run=lambda inputs, outputs, threads: _core.magnitude_mask(inputs["x"], inputs["drop"], outputs["mask"], threads),
+    oracle=mask_oracle,
+    bound=no_difference,
+    bench=((1 << 26,),),
+    work=lambda size: Work(bytes=13.0 * size[0]),  # two passes to select, one to write a byte each
+)
+
+
+def squares_run(inputs, outputs, threads):
+    _core.block_magnitudes(inputs["weight"], inputs["block"], outputs["sums"], threads)
+
+
+def squares_oracle(inputs):
+    (n, k), (r, c) = inputs["weight"].shape, inputs["block"]
+    blocks = inputs["weight"].astype(np.float64).reshape(n // r, r, k // c, c)
+    return {"sums": (blocks**2).sum(axis=(1, 3))}
+
+
+def squares_inputs(rng, size):
+    n, k, r, c = size
+    return {"weight": rng.standard_normal((n, k)).astype(np.float32), "block": (r, c)}
+
+
+SQUARES = Case(
+    name="block_magnitudes",
+    slots=("sum_block_squares_f32",),
+    sizes=(
+        (0, 4, 1, 4), (3, 0, 1, 4), (1, 1, 1, 1), (5, 17, 1, 1), (3, 64, 1, 4), (2, 68, 1, 4), (6, 60, 2, 4), (8, 132, 4, 4),
+        (4, 33, 4, 1), (9, 35, 3, 5),
+    ),
+    inputs=squares_inputs,
+    outputs=lambda inputs: {
+        "sums": (tuple(have // by for have, by in zip(inputs["weight"].shape, inputs["block"], strict=True)), np.float32)
+    },
+    run=squares_run,
+    oracle=squares_oracle,
+    # each of the r c squares is rounded once and passes through at most r c additions
+    bound=lambda inputs, wanted: {"sums": EPSILON * (np.prod(inputs["block"]) + 1) * wanted["sums"] * 1.001},
+    bench=((4096, 4096, 1, 4), (4096, 4096, 4, 4)),
+    work=lambda size: Work(bytes=4.0 * size[0] * size[1] * (1 + 1 / (size[2] * size[3]))),
+)
+
+# ---- products ----
+
+
+def random_blocks(rng, n, k, density, r, c):
+    """Draw where the blocks are: (row_offsets, index), some rows empty and the first full."""
+    keep = rng.random((n // r, k // c)) < density
+    if len(keep) > 2:
+        keep[0], keep[1] = True, False
+    offsets = np.concatenate([[0], np.cumsum(keep.sum(axis=1))]).astype(np.int32)
+    return offsets, np.nonzero(keep)[1].astype(np.int32)
+
+
+def expand(values, offsets, index, n, k):
+    """The dense [n, k] matrix in float64."""
+    blocks, r, c = values.shape
+    dense = np.zeros((n // r, r, k // c, c))
+    groups = np.repeat(np.arange(n // r), np.diff(offsets))
+    dense[groups, :, index, :] = values
+    return dense.reshape(n, k)
+
+
+def reference_activation(kind, x):
+    if kind == "relu":
+        return np.maximum(x, 0.0)
+    if kind == "gelu":
+        return 0.5 * x * (1.0 + np.vectorize(erf, otypes=[float])(x / np.sqrt(2.0)))
+    if kind == "silu":
+        return x / (1.0 + np.exp(-x))
+    if kind == "tanh":
+        return np.tanh(x)
+    return x
+
+
+def draw_product(rng, size):
+    """What both products share; size is (m, n, k, percent of blocks kept, r, c, epilogue number)."""
+    m, n, k, percent, r, c, number = size
+    offsets, index = random_blocks(rng, n, k, percent / 100, r, c)
+    extras = number > 0
+    return {
+        "m": m,
+        "shape": (n, k),
+        "row_offsets": offsets,
+        "index": index,
+        "bias": rng.standard_normal(n).astype(np.float32) if extras else None,
+        "residual": rng.standard_normal((n, m)).astype(np.float32) if extras else None,
+        "activation": (None, "relu", "gelu", "silu", "tanh")[number],
+    }
+
+
+def product_outputs(inputs):
+    return {"out": ((inputs["shape"][0], inputs["m"]), np.float32)}
+
+
+def finish(inputs, total, error):
+    """Apply the epilogue in float64; `error` bounds what `total` may be off by. Return (result, bound)."""
+    if inputs["bias"] is not None:
+        total = total + inputs["bias"][:, None]
+        error = error + EPSILON * (np.abs(total) + error)
+    result = reference_activation(inputs["activation"], total)
+    # The slope of every activation is below 1.13, and each is held to 4e-7 of its argument by its own tests.
+    error = 1.13 * error + (4e-7 * (np.abs(total) + error) + 1e-30 if inputs["activation"] not in (None, "relu") else 0.0)
+    if inputs["residual"] is not None:
+        result = result + inputs["residual"]
+        error = error + EPSILON * (np.abs(result) + error)
+    return result, error
+
+
+def f32_inputs(rng, size):
+    m, k, r, c = size[0], size[2], size[4], size[5]
+    drawn = draw_product(rng, size)
+    values = rng.standard_normal((drawn["index"].size, r, c)).astype(np.float32)
+    return {**drawn, "values": values, "x": rng.standard_normal((k, m)).astype(np.float32)}
+
+
+def f32_weight(inputs):
+    return _core.Weight(inputs["values"], inputs["shape"], None, inputs["row_offsets"], inputs["index"])
+
+
+def f32_run(inputs, outputs, threads):
+    program = _core.Program()
+    weight = f32_weight(inputs)
+    packed = weight if inputs["m"] % 2 else _core.pack_sparse(weight)
+    _core.sparse_linear(
+        program, inputs["x"], packed, outputs["out"], inputs["bias"], inputs["activation"], inputs["residual"]
+    )
+    program.run(threads)
+
+
+def f32_answer(inputs):
+    weight = expand(inputs["values"], inputs["row_offsets"], inputs["index"], *inputs["shape"])
+    x = inputs["x"].astype(np.float64)
+    depth = np.count_nonzero(weight, axis=1)[:, None]
+    return finish(inputs, weight @ x, EPSILON * depth * 1.001 * (np.abs(weight) @ np.abs(x)))
+
+
+def product_work(size, limit):
+    m, n, k, percent = size[:4]
+    return Work(operations=2.0 * m * n * k * percent / 100, limit=limit)
+
+
+BLOCKS = ((1, 1), (1, 4), (2, 4), (4, 4))
+WIDTHS = (1, 2, 15, 16, 17, 31, 33, 48, 63, 64, 65, 130)
+
+F32 = Case(
+    name="sparse_linear",
+    slots=("multiply_blocks_f32", "finish_lanes_f32"),
+    sizes=(
+        (0, 4, 8, 50, 1, 4, 0), (3, 0, 8, 50, 1, 4, 0), (5, 4, 0, 50, 1, 4, 1), (1, 1, 1, 100, 1, 1, 0), (3, 8, 16, 0, 2, 4, 1),
+        *((m, 20, 36, 40, r, c, i % 5) for i, (m, (r, c)) in enumerate((m, block) for block in BLOCKS for m in WIDTHS)),
+        (70, 520, 40, 30, 1, 1, 1), (7, 1036, 260, 5, 4, 4, 0), (66, 28, 1044, 20, 1, 4, 2), (20, 12, 1000, 50, 1, 1, 3),
+    ),
+    inputs=f32_inputs,
+    outputs=product_outputs,
+    run=f32_run,
+    oracle=lambda inputs: {"out": f32_answer(inputs)[0]},
+    bound=lambda inputs, wanted: {"out": f32_answer(inputs)[1]},
+    bench=(
+        (512, 768, 768, 20, 1, 1, 0), (512, 768, 768, 20, 1, 4, 0), (512, 768, 768, 20, 4, 4, 0), (512, 3072, 768, 20, 1, 4, 0),
+        (512, 768, 3072, 20, 1, 4, 0), (512, 768, 3072, 20, 1, 1, 0), (16, 768, 768, 20, 1, 4, 0), (1, 768, 768, 20, 1, 1, 0),
+        (1, 768, 768, 20, 1, 4, 0), (1, 768, 3072, 20, 1, 4, 0),
+    ),
+    work=lambda size: product_work(size, "fma"),
+)
+
+
+def lanes_panel(x):
+    """Quantise float32 x[K, M] per column: (codes [K / 4][M to 16][4] as one flat panel of q + 128, scales[M])."""
+    k, m = x.shape
+    scales = np.abs(x).max(axis=0, initial=0.0) / np.float32(127)
+    scales = np.where(scales == 0, 1, scales).astype(np.float32)
+    panel = np.full((-(-k // 4), -(-m // 16) * 16, 4), 128, np.uint8)
+    codes = np.rint(np.clip(x / scales, -127, 127)).astype(np.int64) + 128
+    for row in range(k):
+        panel[row // 4, :m, row % 4] = codes[row]
+    return panel.reshape(-1), scales
+
+
+def int8_inputs(rng, size):
+    m, n, k, _, r, c, _ = size
+    drawn = draw_product(rng, size)
+    values = rng.integers(-127, 128, (drawn["index"].size, r, c)).astype(np.int8)
+    values[rng.random(values.shape) < 0.2] = 127  # extremes, where 16-bit products would saturate
+    x = rng.standard_normal((k, m)).astype(np.float32)
+    x[:, ::3] = np.sign(x[:, ::3])
+    codes, scales = lanes_panel(x)
+    weight_scale = rng.uniform(1e-3, 1e-2, n).astype(np.float32)
+    return {**drawn, "values": values, "codes": codes, "scales": scales, "weight_scale": weight_scale}
+
+
+def int8_run(inputs, outputs, threads):
+    program = _core.Program()
+    scale = inputs["weight_scale"]
+    weight = _core.Weight(inputs["values"], inputs["shape"], scale, inputs["row_offsets"], inputs["index"])
+    _core.sparse_linear_int8(
+        program, inputs["codes"], inputs["scales"], inputs["m"], _core.pack_sparse(weight), scale, outputs["out"],
+        inputs["bias"], inputs["activation"], inputs["residual"],
+    )
+    program.run(threads)
+
+
+def int8_answer(inputs):
+    m, (n, k) = inputs["m"], inputs["shape"]
+    weight = expand(inputs["values"], inputs["row_offsets"], inputs["index"], n, k)
+    q = inputs["codes"].reshape(k // 4, -(-m // 16) * 16, 4)[:, :m].transpose(0, 2, 1).reshape(k, m).astype(np.float64) - 128
+    total = (weight @ q) * (inputs["scales"].astype(np.float64) * inputs["weight_scale"].astype(np.float64)[:, None])
+    # three roundings: of the int32 sum, of the product of the scales, and of their product
+    return finish(inputs, total, 3.001 * EPSILON * np.abs(total))
+
+
+INT8 = Case(
+    name="sparse_linear_int8",
+    slots=("multiply_blocks_u8_s8", "finish_lanes_s32"),
+    sizes=(
+        (0, 4, 8, 50, 1, 4, 0), (3, 0, 8, 50, 1, 4, 0), (5, 4, 0, 50, 1, 4, 1), (1, 1, 4, 100, 1, 4, 0), (3, 8, 16, 0, 2, 4, 1),
+        *((m, 20, 36, 40, r, 4, i % 5) for i, (m, r) in enumerate((m, r) for r in (1, 2, 4) for m in WIDTHS)),
+        (70, 520, 40, 30, 1, 4, 1), (7, 1036, 260, 5, 4, 4, 0), (66, 28, 1044, 20, 1, 4, 2), (20, 12, 2000, 50, 2, 4, 3),
+    ),
+    inputs=int8_inputs,
+    outputs=product_outputs,
+    run=int8_run,
+    oracle=lambda inputs: {"out": int8_answer(inputs)[0]},
+    bound=lambda inputs, wanted: {"out": int8_answer(inputs)[1]},
+    bench=(
+        (512, 768, 768, 20, 1, 4, 0), (512, 3072, 768, 20, 1, 4, 0), (512, 768, 3072, 20, 1, 4, 0), (512, 768, 768, 20, 2, 4, 0),
+        (512, 768, 768, 20, 4, 4, 0), (512, 768, 3072, 20, 4, 4, 0), (512, 768, 768, 50, 1, 4, 0), (512, 768, 768, 10, 1, 4, 0),
+        (16, 768, 768, 20, 1, 4, 0), (1, 768, 768, 20, 1, 4, 0),
+    ),
+    work=lambda size: product_work(size, "vnni"),
+)
+
+CASES: list[Case] = [KTH, KTH_LARGE, MASK, SQUARES, F32, INT8]

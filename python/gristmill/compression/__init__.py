@@ -1,0 +1,10 @@
+"""Make a trained model smaller and faster: clip, prune, distil, quantise. Each pass is a config that maps a Model to a Model."""
+
+from gristmill.compression.clip import Clip
+from gristmill.compression.compress import compress
+from gristmill.compression.distill import Distill
+from gristmill.compression.prune import Prune
+from gristmill.compression.quantize import Quantize
+from gristmill.compression.report import Report
+
+__all__ = ["Clip", "Distill", "Prune", "Quantize", "Report", "compress"]

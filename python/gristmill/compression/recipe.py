@@ -1,0 +1,79 @@
+"""What a pass is, and what it may use."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from gristmill.errors import ModelError
+from gristmill.model import Model
+from gristmill.tensor.parts import Array
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a recipe runs with.
+
+    Args:
+        teacher: the model that entered `compress`.
+        data: inputs and labels or targets, or None.
+        seed: of everything random.
+        threads: for kernels.
+        progress: whether long passes show a progress bar; None for where a terminal listens.
+    """
+
+    teacher: Model
+    data: tuple[Array, Array] | None
+    seed: int
+    threads: int
+    progress: bool | None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A step of a recipe: an immutable config that maps a model to a model."""
+
+    def apply(self, model: Model, context: Context) -> Model:
+        """Return the changed model.
+
+        Raises:
+            ModelError: the pass does not fit the model, or needs data that `compress` was not given.
+        """
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings, for provenance."""
+        settings = {
+            name: value for name, value in asdict(self).items() if isinstance(value, (str, int, float, tuple, type(None)))
+        }
+        return {"pass": type(self).__name__, **settings}
+
+
+def targets(model: Model, patterns: Sequence[str], skip: Sequence[str]) -> list[str]:
+    """Return the weights of Linear nodes whose names match `patterns` (shell style; none for all) and not `skip`.
+
+    Raises:
+        ModelError: a pattern matches nothing, or nothing is left.
+    """
+    for pattern in (*patterns, *skip):
+        if not any(fnmatchcase(name, pattern) for name in model.weights):
+            raise ModelError(f"pattern '{pattern}' matches none of the weights {list(model.weights)}")
+    chosen = [
+        name
+        for name in model.weights
+        if (not patterns or any(fnmatchcase(name, p) for p in patterns)) and not any(fnmatchcase(name, p) for p in skip)
+    ]
+    if not chosen:
+        raise ModelError(f"no weights are left to work on: the model has {list(model.weights)}")
+    return chosen
+
+
+def need_float(model: Model, name: str, what: str) -> None:
+    """Raise unless a weight is still float32.
+
+    Raises:
+        ModelError: it is int8.
+    """
+    tensor = model.tensors[name]
+    if tensor.kind == "quantized" or getattr(tensor, "scale", None) is not None:
+        raise ModelError(f"cannot {what} '{name}': it is int8 already; put Quantize last in the recipe")

@@ -1,0 +1,63 @@
+"""Model files: what a path holds decides who reads and writes it."""
+
+import os
+from pathlib import Path
+
+from gristmill.errors import FormatError
+from gristmill.formats import native
+from gristmill.model import Model
+
+__all__ = ["load", "save"]
+
+LOADERS = {".safetensors": native.load}
+SAVERS = {".safetensors": native.save}
+
+
+def load(path: str | os.PathLike[str]) -> Model:
+    """Read a model; the suffix of the path tells the format.
+
+    Args:
+        path: a native `.safetensors` file.
+
+    Raises:
+        FormatError: the format is unknown, or the file is damaged, hostile or holds no graph.
+        OSError: the file cannot be read; FileNotFoundError if there is none.
+
+    Example:
+        >>> import tempfile, gristmill as gm
+        >>> path = tempfile.mkdtemp() + "/tiny.safetensors"
+        >>> save(gm.zoo.mlp([4, 3]), path)
+        >>> load(path).outputs
+        ('logits',)
+    """
+    found = Path(path)
+    if not found.exists():
+        raise FileNotFoundError(f"there is no model file {path}")
+    if found.is_dir():
+        raise FormatError(f"{path} is a folder: loading folders is not yet supported; give a {', '.join(LOADERS)} file")
+    if found.suffix not in LOADERS:
+        raise FormatError(f"{path}: loading {found.suffix or 'such'} files is not yet supported; known: {', '.join(LOADERS)}")
+    return LOADERS[found.suffix](found)
+
+
+def save(model: Model, path: str | os.PathLike[str]) -> None:
+    """Write a model, whole or not at all; the suffix of the path tells the format.
+
+    Args:
+        model: what to write.
+        path: a `.safetensors` path in an existing folder; an existing file is replaced.
+
+    Raises:
+        FormatError: the format is unknown, or cannot hold the model.
+        OSError: the folder is missing or cannot be written, or the disk is full.
+
+    Example:
+        >>> import tempfile, gristmill as gm
+        >>> save(gm.zoo.mlp([4, 3]), tempfile.mkdtemp() + "/tiny.safetensors")
+    """
+    wanted = Path(path)
+    if wanted.suffix not in SAVERS:
+        raise FormatError(f"{path}: saving {wanted.suffix or 'such'} files is not yet supported; known: {', '.join(SAVERS)}")
+    if not wanted.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {wanted.parent} to save {wanted.name} in")
+    SAVERS[wanted.suffix](model, wanted)

@@ -1,0 +1,71 @@
+/* Compressed weights as dense tiles: the only reader of the block and int8 forms in this family. */
+#include <string.h>
+
+#include "../fastcore.h"
+
+void fc_weight_seek(const fc_weight *weight, int64_t row, int64_t rows, int64_t col, int32_t *cursor) {
+    if (weight->kind != FC_BLOCKS_F32 && weight->kind != FC_BLOCKS_S8) return;
+    const int64_t first = row / weight->block_rows, last = rows ? (row + rows - 1) / weight->block_rows : first - 1;
+    for (int64_t g = first; g <= last; g++) {
+        int32_t low = weight->row_offsets[g], high = weight->row_offsets[g + 1];
+        while (low < high) {
+            const int32_t middle = low + (high - low) / 2;
+            if (((int64_t)weight->index[middle] + 1) * weight->block_cols <= col)
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        cursor[g - first] = low;
+    }
+}
+
+/* Write columns [from, to) of one row of block b, whose column 0 is out[0]. */
+static void expand_block_row(const fc_weight *weight, int64_t b, int64_t row_in_block, int64_t from, int64_t to, float scale,
+                             float *out) {
+    const int64_t at = (b * weight->block_rows + row_in_block) * weight->block_cols;
+    if (weight->kind == FC_BLOCKS_F32) {
+        const float *values = (const float *)weight->values + at;
+        if (to - from == 4)
+            memcpy(out + from, values + from, 4 * sizeof(float));
+        else
+            for (int64_t j = from; j < to; j++) out[j] = values[j];
+    } else {
+        const int8_t *codes = (const int8_t *)weight->values + at;
+        for (int64_t j = from; j < to; j++) out[j] = (float)codes[j] * scale;
+    }
+}
+
+/* One row of columns [col, col + cols) from block `b` on; returns the block at which the row of the next columns begins. */
+static int32_t expand_row(const fc_weight *weight, int64_t row, int64_t col, int64_t cols, float scale, float *out, int32_t b) {
+    const int64_t group = row / weight->block_rows, row_in_block = row % weight->block_rows, width = weight->block_cols;
+    const int32_t end = weight->row_offsets[group + 1];
+    memset(out, 0, (size_t)cols * sizeof *out);
+    for (; b < end; b++) {
+        const int64_t first = weight->index[b] * width - col;
+        if (first >= cols) break;
+        const int64_t from = first < 0 ? -first : 0, to = first + width > cols ? cols - first : width;
+        if (first < 0)
+            expand_block_row(weight, b, row_in_block, from, to, scale, out - from);
+        else
+            expand_block_row(weight, b, row_in_block, 0, to, scale, out + first);
+        if (first + width > cols) break;
+    }
+    return b;
+}
+
+void fc_weight_expand(const fc_weight *weight, int64_t row, int64_t rows, int64_t col, int64_t cols, int scaled, float *out,
+                      int64_t stride, int32_t *cursor) {
+    const int is_s8 = weight->kind == FC_DENSE_S8 || weight->kind == FC_BLOCKS_S8;
+    int32_t next = 0;
+    for (int64_t r = 0; r < rows; r++, out += stride) {
+        const float scale = is_s8 && scaled ? weight->scale[row + r] : 1.0f;
+        if (weight->kind == FC_DENSE_S8) {
+            fc_kernels.expand_s8_f32((const int8_t *)weight->values + (row + r) * weight->k + col, scale, cols, out);
+            continue;
+        }
+        /* The rows of a group start from the same block; the cursor moves on when the last of them is done. */
+        int32_t *at = cursor + ((row + r) / weight->block_rows - row / weight->block_rows);
+        next = expand_row(weight, row + r, col, cols, scale, out, *at);
+        if (r + 1 == rows || (row + r + 1) % weight->block_rows == 0) *at = next;
+    }
+}

@@ -1,0 +1,215 @@
+/* Drivers of the int8 family: scales, packing, and the walk over tiles.
+ *
+ * The product goes through blocks of row groups that stay in L2, and within them panel by panel of the weight, which stays in L1
+ * or L2 while all groups of the block pass by. No blocking along k: both operands are packed, so even from L2 they
+ * arrive at a fraction of the rate at which the tile consumes them.
+ */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../fastcore.h"
+#include "../parallel.h"
+
+enum {
+    GROUP_BLOCK_BYTES = 384 * 1024, /* codes of a block of row groups: leaves room in a 1 MiB L2 for the panel and the output */
+    STRIP = 128,                    /* rows quantised at a time in the "lanes" layout: both passes find the strip in L2 */
+};
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* ---- quantising ---- */
+
+/* The scale of a row; *inverse is 0 if the row has no codes to speak of. */
+static float row_scale(float max, float *inverse) {
+    *inverse = 0.0f;
+    if (!isfinite(max)) return NAN;
+    if (max < FC_INT8_TINY) return 1.0f;
+    *inverse = 127.0f / max;
+    return max / 127.0f;
+}
+
+static void quantize_piece(const float *values, int64_t count, float scale, float inverse, int8_t *codes) {
+    if (inverse == 0.0f)
+        memset(codes, 0, (size_t)count);
+    else
+        fc_kernels.quantize_f32_s8(values, count, scale, codes);
+}
+
+void fc_quantize_weight(const void *args, int rank, int size) {
+    const fc_quantize_weight_args *a = args;
+    int64_t begin, end;
+    fc_partition(a->n, 1, rank, size, &begin, &end);
+    for (int64_t row = begin; row < end; row++) {
+        const float *values = a->values + row * a->k;
+        float inverse;
+        a->scale[row] = row_scale(fc_kernels.max_abs_f32(values, a->k), &inverse);
+        quantize_piece(values, a->k, a->scale[row], inverse, a->codes + row * a->k);
+    }
+}
+
+fc_status fc_row_offsets_validate(const int32_t *row_offsets, int64_t groups, int64_t blocks) {
+    if (row_offsets[0] != 0 || row_offsets[groups] != blocks) return FC_BAD_ARGUMENT;
+    for (int64_t g = 0; g < groups; g++)
+        if (row_offsets[g] > row_offsets[g + 1]) return FC_BAD_ARGUMENT;
+    return FC_OK;
+}
+
+void fc_quantize_blocks(const void *args, int rank, int size) {
+    const fc_quantize_weight_args *a = args;
+    int64_t begin, end;
+    fc_partition(a->n, 1, rank, size, &begin, &end);
+    for (int64_t row = begin; row < end; row++) {
+        const int32_t *range = a->row_offsets + row / a->block_rows;
+        const int64_t offset = row % a->block_rows * a->block_columns, block = a->block_rows * a->block_columns;
+        float max = 0.0f, inverse;
+        for (int64_t b = range[0]; b < range[1]; b++) {
+            const float found = fc_kernels.max_abs_f32(a->values + b * block + offset, a->block_columns);
+            max = max != max || found <= max ? max : found; /* NaN wins, and stays */
+        }
+        a->scale[row] = row_scale(max, &inverse);
+        for (int64_t b = range[0]; b < range[1]; b++) {
+            const int64_t at = b * block + offset;
+            quantize_piece(a->values + at, a->block_columns, a->scale[row], inverse, a->codes + at);
+        }
+    }
+}
+
+/* Rows first ... first + count of the matrix; count <= STRIP. */
+static void quantize_strip(const fc_quantize_activations_args *a, int64_t first, int64_t count, uint8_t *out,
+                           int64_t out_stride) {
+    float max[STRIP], inverse[STRIP];
+    const float *x = a->x + (a->x_lanes ? first : first * a->k);
+    if (a->x_lanes) {
+        fc_kernels.max_abs_lanes_f32(x, a->m, count, a->k, max);
+    } else {
+        for (int64_t r = 0; r < count; r++) max[r] = fc_kernels.max_abs_f32(x + r * a->k, a->k);
+    }
+    for (int64_t r = 0; r < count; r++) a->scales[first + r] = row_scale(max[r], &inverse[r]);
+    if (a->x_lanes)
+        fc_kernels.quantize_lanes_f32_u8(x, a->m, count, a->k, inverse, out, out_stride);
+    else
+        fc_kernels.quantize_rows_f32_u8(x, a->k, count, a->k, inverse, out, out_stride);
+}
+
+void fc_quantize_activations(const void *args, int rank, int size) {
+    const fc_quantize_activations_args *a = args;
+    const int lanes = a->layout == FC_PANEL_LANES;
+    const int64_t k4 = (a->k + 3) / 4, strip = lanes ? STRIP : FC_INT8_ROWS;
+    const int64_t padded = (a->m + FC_INT8_LANES - 1) / FC_INT8_LANES * FC_INT8_LANES;
+    int64_t begin, end;
+    fc_partition(a->m, lanes ? FC_INT8_LANES : FC_INT8_ROWS, rank, size, &begin, &end);
+    for (int64_t first = begin; first < end; first += strip) {
+        const int64_t count = smaller(strip, end - first);
+        if (lanes)
+            quantize_strip(a, first, count, a->codes + first * 4, padded);
+        else
+            quantize_strip(a, first, count, a->codes + first * k4 * 4, count);
+    }
+    if (!lanes || begin == end || end < a->m) return;
+    for (int64_t i = 0; i < k4; i++) memset(a->codes + (i * padded + a->m) * 4, 128, (size_t)(padded - a->m) * 4);
+}
+
+/* ---- the packed weight ---- */
+
+static int64_t panels_of(int64_t n) { return (n + FC_INT8_COLUMNS - 1) / FC_INT8_COLUMNS; }
+
+fc_status fc_packed_int8_init(fc_packed_int8 *packed, int64_t n, int64_t k) {
+    const int64_t columns = panels_of(n) * FC_INT8_COLUMNS, codes = columns * ((k + 3) / 4) * 4;
+    const int64_t nbytes = codes + columns * (int64_t)sizeof *packed->correction;
+    void *memory = aligned_alloc(64, (size_t)(nbytes ? nbytes : 64)); /* a multiple of 64: columns is one of 32 */
+    if (!memory) return FC_NO_MEMORY;
+    *packed = (fc_packed_int8){n, k, nbytes, memory, (int32_t *)((char *)memory + codes)};
+    return FC_OK;
+}
+
+void fc_packed_int8_free(fc_packed_int8 *packed) {
+    free(packed->panels);
+    *packed = (fc_packed_int8){0};
+}
+
+static void pack_column(const int8_t *row, int64_t k, int8_t *out, int32_t *correction) {
+    uint32_t sum = 0;
+    for (int64_t i = 0; i < k; i++) sum += (uint32_t)row[i];
+    *correction = (int32_t)(sum * 128);
+    for (int64_t i = 0; i < (k + 3) / 4; i++, out += FC_INT8_COLUMNS * 4) {
+        memset(out, 0, 4);
+        memcpy(out, row + i * 4, (size_t)smaller(4, k - i * 4));
+    }
+}
+
+void fc_pack_int8(const void *args, int rank, int size) {
+    const fc_pack_int8_args *a = args;
+    const fc_packed_int8 *p = a->packed;
+    const int64_t k4 = (p->k + 3) / 4;
+    int64_t begin, end;
+    fc_partition(panels_of(p->n) * FC_INT8_COLUMNS, FC_INT8_COLUMNS, rank, size, &begin, &end);
+    for (int64_t column = begin; column < end; column++) {
+        int8_t *out = p->panels + (column / FC_INT8_COLUMNS * k4 * FC_INT8_COLUMNS + column % FC_INT8_COLUMNS) * 4;
+        const int inside = column < p->n;
+        if (inside) {
+            pack_column(a->codes + column * p->k, p->k, out, &p->correction[column]);
+        } else {
+            p->correction[column] = 0;
+            for (int64_t i = 0; i < k4; i++) memset(out + i * FC_INT8_COLUMNS * 4, 0, 4);
+        }
+    }
+}
+
+/* ---- the product ---- */
+
+/* The columns of one panel, padded to whole vectors. */
+typedef struct panel_columns {
+    float weight_scale[FC_INT8_COLUMNS], bias[FC_INT8_COLUMNS];
+} panel_columns;
+
+static void load_columns(const fc_linear_int8_args *a, int64_t first, int64_t count, panel_columns *columns) {
+    for (int j = 0; j < FC_INT8_COLUMNS; j++) {
+        columns->weight_scale[j] = j < count ? a->weight_scale[first + j] : 0.0f;
+        columns->bias[j] = j < count && a->bias ? a->bias[first + j] : -0.0f; /* x + -0 is x, for every x */
+    }
+}
+
+static void run_panel(const fc_linear_int8_args *a, int64_t panel, int64_t first_group, int64_t last_group) {
+    const fc_packed_int8 *w = a->weight;
+    const int64_t k4 = (w->k + 3) / 4, column = panel * FC_INT8_COLUMNS, columns = smaller(FC_INT8_COLUMNS, w->n - column);
+    panel_columns padded;
+    load_columns(a, column, columns, &padded);
+    for (int64_t row = first_group * FC_INT8_ROWS; row < smaller(last_group * FC_INT8_ROWS, a->m); row += FC_INT8_ROWS) {
+        const int64_t at = row * w->n + column;
+        fc_kernels.linear_u8_s8_f32(&(fc_int8_tile){
+            .codes = a->codes + row * k4 * 4,
+            .weight = w->panels + column * k4 * 4,
+            .k4 = k4,
+            .rows = (int)smaller(FC_INT8_ROWS, a->m - row),
+            .columns = (int)columns,
+            .scales = a->scales + row,
+            .correction = w->correction + column,
+            .weight_scale = padded.weight_scale,
+            .bias = padded.bias,
+            .residual = a->residual ? a->residual + at : NULL,
+            .out = a->out + at,
+            .stride = w->n,
+            .activation = a->activation,
+        });
+    }
+}
+
+/* The share of the slowest rank, in items of `across`, if `items` are dealt to `size` ranks. */
+static int64_t slowest(int64_t items, int64_t across, int size) { return (items + size - 1) / size * across; }
+
+void fc_linear_int8(const void *args, int rank, int size) {
+    const fc_linear_int8_args *a = args;
+    const int64_t groups = (a->m + FC_INT8_ROWS - 1) / FC_INT8_ROWS, panels = panels_of(a->weight->n);
+    int64_t first_group = 0, last_group = groups, first_panel = 0, last_panel = panels;
+    /* Each rank reads its own part of the weight unless that leaves some rank more to do. */
+    if (slowest(panels, groups, size) <= slowest(groups, panels, size))
+        fc_partition(panels, 1, rank, size, &first_panel, &last_panel);
+    else
+        fc_partition(groups, 1, rank, size, &first_group, &last_group);
+    const int64_t group_bytes = (a->weight->k + 3) / 4 * 4 * FC_INT8_ROWS;
+    const int64_t block = group_bytes < GROUP_BLOCK_BYTES && group_bytes > 0 ? GROUP_BLOCK_BYTES / group_bytes : 1;
+    for (int64_t group = first_group; group < last_group; group += block)
+        for (int64_t panel = first_panel; panel < last_panel; panel++)
+            run_panel(a, panel, group, smaller(group + block, last_group));
+}

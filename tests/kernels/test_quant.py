@@ -1,0 +1,260 @@
+"""What the cases of the quant family do not say: refusals, policies, extremes, and what a program may rely on."""
+
+import numpy as np
+import pytest
+from gristmill import _core
+
+LEVELS = ("scalar", "avx2", "avx512")
+MAX_K = 133143
+
+
+@pytest.fixture(params=LEVELS)
+def level(request):
+    _core.set_isa(request.param)
+    yield request.param
+    _core.set_isa(None)
+
+
+def weight(codes, scale=None):
+    codes = np.ascontiguousarray(codes, np.int8)
+    return _core.Weight(codes, codes.shape, np.ones(len(codes), np.float32) if scale is None else scale)
+
+
+def quantize(x, layout="tile", lanes=False):
+    m, k = x.shape[::-1] if lanes else x.shape
+    codes, scales = np.empty(_core.codes_nbytes(m, k, layout), np.uint8), np.empty(m, np.float32)
+    program = _core.Program()
+    _core.quantize_activations(program, x, lanes, layout, codes, scales)
+    program.run()
+    return codes, scales
+
+
+def linear(x, packed, weight_scale, bias=None, activation=None, residual=None, out=None):
+    codes, scales = quantize(x)
+    out = np.empty((len(x), packed.shape[0]), np.float32) if out is None else out
+    program = _core.Program()
+    _core.linear_int8(program, codes, scales, len(x), packed, weight_scale, out, bias, activation, residual)
+    program.run()
+    return out
+
+
+def test_codes_nbytes():
+    assert _core.codes_nbytes(5, 7, "tile") == 5 * 8
+    assert _core.codes_nbytes(5, 7, "lanes") == 16 * 8
+    assert _core.codes_nbytes(0, 7, "lanes") == _core.codes_nbytes(9, 0, "tile") == 0
+    for bad in ((-1, 4, "tile"), (4, -1, "tile"), (1, MAX_K + 1, "tile"), (2**31, 1, "tile"), (4, 4, "rows")):
+        with pytest.raises(ValueError, match=r"terms|rows|layout"):
+            _core.codes_nbytes(*bad)
+
+
+def test_ties_go_to_even(level):
+    x = np.array([[127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -127]], np.float32)
+    codes, scales = quantize(x)
+    assert scales[0] == 1
+    assert (codes.astype(int) - 128).tolist() == [127, 0, 2, 2, 0, -2, -2, -127]
+    stored, scale = np.empty((1, 8), np.int8), np.empty(1, np.float32)
+    _core.quantize_weight(x, stored, scale)
+    assert stored.tolist() == [[127, 0, 2, 2, 0, -2, -2, -127]]
+    assert scale[0] == 1
+
+
+@pytest.mark.parametrize("largest", [1e-45, 1e-38, 2.0**-120])
+def test_rows_too_small_for_a_scale_are_zero(level, largest):
+    x = np.array([[largest, 0, -largest / 2]], np.float32)
+    codes, scales = quantize(x)
+    assert (codes == 128).all()
+    assert scales[0] == 1
+
+
+@pytest.mark.parametrize("largest", [2.0**-119, 1e-20, 3.4e38])
+def test_extreme_rows_keep_their_largest_value(level, largest):
+    x = np.array([[largest, -largest, 0]], np.float32)
+    codes, scales = quantize(x)
+    assert codes.tolist() == [255, 1, 128, 128]
+    assert np.isclose(scales[0] * 127, largest, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("activation", sorted(_core.ACTIVATIONS, key=str))
+def test_a_bad_row_is_nan_and_stays_alone(level, bad, activation):
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((14, 37)).astype(np.float32)
+    packed = _core.pack_int8(weight(rng.integers(-127, 128, (35, 37))))
+    scale = np.full(35, 1e-3, np.float32)
+    clean = linear(x, packed, scale, activation=activation)
+    x[5, 36] = bad
+    out = linear(x, packed, scale, activation=activation)
+    assert np.isnan(out[5]).all()
+    assert np.array_equal(np.delete(out, 5, 0), np.delete(clean, 5, 0))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_weight_row_has_no_codes(level, bad):
+    w = np.ones((3, 9), np.float32)
+    w[1, 4] = bad
+    codes, scale = np.empty(w.shape, np.int8), np.empty(3, np.float32)
+    _core.quantize_weight(w, codes, scale)
+    assert np.isnan(scale).tolist() == [False, True, False]
+    assert codes[1].tolist() == [0] * 9
+    assert (codes[[0, 2]] == 127).all()
+
+
+def test_the_deepest_sum_is_exact(level):
+    x = np.ones((2, MAX_K), np.float32)
+    x[1] = -1
+    packed = _core.pack_int8(weight(np.full((2, MAX_K), 127)))
+    out = linear(x, packed, np.full(2, 127, np.float32))  # the scales multiply to 1
+    assert out.tolist() == [[np.float32(127 * 127 * MAX_K)] * 2, [np.float32(-127 * 127 * MAX_K)] * 2]
+
+
+def test_a_foreign_minus_128_is_exact(level):
+    packed = _core.pack_int8(weight(np.full((3, 11), -128)))
+    x = np.tile(np.array([[1], [-1]], np.float32), (1, 11))
+    assert linear(x, packed, np.full(3, 127, np.float32)).tolist() == [[-127.0 * 128 * 11] * 3, [127.0 * 128 * 11] * 3]
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "tanh"])
+def test_residual_may_be_the_output(level, activation):
+    rng = np.random.default_rng(4)
+    x, residual = rng.standard_normal((15, 20)).astype(np.float32), rng.standard_normal((15, 45)).astype(np.float32)
+    packed, scale = _core.pack_int8(weight(rng.integers(-127, 128, (45, 20)))), np.full(45, 1e-3, np.float32)
+    apart = linear(x, packed, scale, activation=activation, residual=residual)
+    assert np.array_equal(linear(x, packed, scale, activation=activation, residual=residual, out=residual), apart)
+
+
+def test_a_program_reads_scales_at_every_run(level):
+    x = np.ones((1, 8), np.float32)
+    packed, weight_scale, out = (
+        _core.pack_int8(weight(np.ones((2, 8)))),
+        np.ones(2, np.float32),
+        np.empty((1, 2), np.float32),
+    )
+    codes, scales = np.empty(8, np.uint8), np.empty(1, np.float32)
+    program = _core.Program()
+    _core.quantize_activations(program, x, False, "tile", codes, scales)
+    _core.linear_int8(program, codes, scales, 1, packed, weight_scale, out, None, None, None)
+    program.run()
+    first = out.copy()
+    x[:] *= 2
+    weight_scale[:] = 3
+    program.run()
+    assert np.allclose(out, 6 * first, rtol=1e-6)
+
+
+def test_every_level_reads_the_same_packed_bytes():
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((29, 50)).astype(np.float32)
+    w, scale = rng.integers(-127, 128, (77, 50)).astype(np.int8), rng.random(77).astype(np.float32)
+    packed = _core.pack_int8(weight(w), threads=2)
+    answers = []
+    for name in LEVELS:
+        _core.set_isa(name)
+        answers.append(linear(x, packed, scale))
+    _core.set_isa(None)
+    assert all(np.array_equal(answers[0], other) for other in answers)
+
+
+def test_pack_refuses_what_it_cannot_pack():
+    with pytest.raises(TypeError):
+        _core.pack_int8(_core.Weight(np.ones((2, 2), np.float32), (2, 2)))
+    offsets, index = np.array([0, 1], np.int32), np.array([0], np.int32)
+    blocks = _core.Weight(np.ones((1, 1, 4), np.int8), (1, 4), np.ones(1, np.float32), offsets, index)
+    with pytest.raises(TypeError):
+        _core.pack_int8(blocks)
+    with pytest.raises(TypeError):
+        _core.pack_int8(None)
+    with pytest.raises(ValueError, match="at most 133143 terms"):
+        _core.pack_int8(weight(np.zeros((1, MAX_K + 1), np.int8)))
+
+
+def test_packed_shape_and_size():
+    packed = _core.pack_int8(weight(np.zeros((33, 5))))
+    assert packed.shape == (33, 5)
+    assert packed.nbytes == 64 * 8 + 64 * 4
+    empty = _core.PackedInt8()
+    assert (empty.shape, empty.nbytes) == ((0, 0), 0)
+    out = linear(np.empty((3, 0), np.float32), empty, np.empty(0, np.float32))
+    assert out.shape == (3, 0)
+
+
+def good_linear():
+    return {
+        "codes": np.full(3 * 8, 128, np.uint8), "scales": np.ones(3, np.float32), "m": 3,
+        "weight": _core.pack_int8(weight(np.ones((4, 7)))), "weight_scale": np.ones(4, np.float32),
+        "out": np.empty((3, 4), np.float32), "bias": None, "activation": None, "residual": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"codes": np.zeros(23, np.uint8)}, ValueError),
+        ({"codes": np.zeros(24, np.int8)}, TypeError),
+        ({"codes": None}, TypeError),
+        ({"scales": np.ones(4, np.float32)}, ValueError),
+        ({"scales": np.ones(3)}, TypeError),
+        ({"m": 2}, ValueError),
+        ({"m": -1}, ValueError),
+        ({"weight": None}, TypeError),
+        ({"weight_scale": np.ones(3, np.float32)}, ValueError),
+        ({"weight_scale": None}, TypeError),
+        ({"out": np.empty((4, 3), np.float32)}, ValueError),
+        ({"out": np.empty((4, 3), np.float32).T}, (ValueError, BufferError)),
+        ({"out": None}, TypeError),
+        ({"bias": np.ones(3, np.float32)}, ValueError),
+        ({"residual": np.ones((3, 5), np.float32)}, ValueError),
+        ({"activation": "swish"}, ValueError),
+    ],
+)
+def test_linear_refuses(change, error):
+    program = _core.Program()
+    _core.linear_int8(program, **good_linear())
+    with pytest.raises(error):
+        _core.linear_int8(program, **good_linear() | change)
+    assert len(program) == 1
+
+
+def test_outputs_must_be_writable():
+    frozen = np.empty((3, 4), np.float32)
+    frozen.flags.writeable = False
+    with pytest.raises((ValueError, BufferError)):
+        _core.linear_int8(_core.Program(), **good_linear() | {"out": frozen})
+
+
+@pytest.mark.parametrize(
+    ("x", "lanes", "layout", "codes", "scales", "error"),
+    [
+        (np.ones((3, 7)), False, "tile", 24, 3, TypeError),
+        (np.ones(21, np.float32), False, "tile", 24, 3, ValueError),
+        (np.ones((3, 7), np.float32), True, "tile", 24, 3, ValueError),
+        (np.ones((3, 7), np.float32), False, "lanes", 24, 3, ValueError),
+        (np.ones((3, 7), np.float32), False, "tile", 24, 4, ValueError),
+        (np.ones((3, 7), np.float32), False, "rows", 24, 3, ValueError),
+        (None, False, "tile", 24, 3, TypeError),
+    ],
+)
+def test_quantize_activations_refuses(x, lanes, layout, codes, scales, error):
+    with pytest.raises(error):
+        _core.quantize_activations(
+            _core.Program(), x, lanes, layout, np.empty(codes, np.uint8), np.empty(scales, np.float32)
+        )
+
+
+@pytest.mark.parametrize("offsets", [[0, 2], [1, 3], [0, 2, 1, 3], [0, 4, 3], []])
+def test_quantize_blocks_refuses_offsets(offsets):
+    values = np.ones((3, 2, 4), np.float32)
+    rows = max(len(offsets) - 1, 0) * 2
+    with pytest.raises(ValueError, match="row_offsets"):
+        _core.quantize_blocks(
+            values, np.array(offsets, np.int32), np.empty(values.shape, np.int8), np.empty(rows, np.float32)
+        )
+
+
+def test_a_nan_in_any_block_of_a_row_counts(level):
+    values = np.ones((3, 2, 4), np.float32)
+    values[0, 0, 1] = np.nan
+    values[1, 1, 2] = np.inf
+    codes, scale = np.empty(values.shape, np.int8), np.empty(2, np.float32)
+    _core.quantize_blocks(values, np.array([0, 3], np.int32), codes, scale)
+    assert np.isnan(scale).all()
+    assert (codes == 0).all()

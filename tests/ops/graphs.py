@@ -1,0 +1,121 @@
+"""One small training graph for every differentiable operator: tensors -> operator -> loss."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gristmill.model import Model
+from gristmill.ops import OWN, Node
+from gristmill.tensor import Dense, Quantized, Sparse, Tensor
+
+RNG_SEED = 7
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Tensors that train, the node under test, and constants; the loss is the mean square of its output against a target."""
+
+    name: str
+    node: Node
+    tensors: dict[str, Tensor]
+    wrt: tuple[str, ...]
+    scalar: bool = False  # the node is a loss itself
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+    def model(self) -> Model:
+        tensors = {**self.tensors, **self.constants}
+        if self.scalar:
+            return Model((self.node,), tensors, {}, ("loss",))
+        bare = Model((self.node,), tensors, {}, (self.node.outputs[0],))
+        shape = bare.types[self.node.outputs[0]].extents
+        target = Dense(np.random.default_rng(RNG_SEED).standard_normal(shape).astype(np.float32))
+        loss = Node("MeanSquaredError", (self.node.outputs[0], "target"), ("loss",), domain=OWN)
+        return Model((self.node, loss), {**tensors, "target": target}, {}, ("loss",))
+
+
+def draw(*shape: int, seed: int = 0) -> Dense:
+    return Dense(np.random.default_rng((RNG_SEED, seed, *shape)).standard_normal(shape).astype(np.float32))
+
+
+def away_from_zero(*shape: int) -> Dense:
+    """Values that a finite difference does not carry over Relu's kink."""
+    x = draw(*shape).array
+    return Dense(np.where(np.abs(x) < 0.1, x + 0.3, x).astype(np.float32))
+
+
+def sparse(n: int, k: int, block: tuple[int, int]) -> Sparse:
+    """A block-sparse matrix made without the packing kernels."""
+    rng = np.random.default_rng((RNG_SEED, n, k))
+    mask = rng.random((n // block[0], k // block[1])) < 0.4
+    groups, index = np.nonzero(mask)
+    offsets = np.zeros(n // block[0] + 1, np.int32)
+    np.cumsum(np.bincount(groups, minlength=n // block[0]), out=offsets[1:])
+    values = rng.standard_normal((len(index), *block)).astype(np.float32)
+    return Sparse((n, k), values, offsets, index.astype(np.int32))
+
+
+def int8(tensor: Sparse) -> Sparse:
+    rng = np.random.default_rng(RNG_SEED)
+    codes = rng.integers(-127, 128, tensor.values.shape).astype(np.int8)
+    scale = rng.uniform(0.005, 0.02, tensor.shape[0]).astype(np.float32)
+    return Sparse(tensor.matrix_shape, codes, tensor.row_offsets, tensor.index, scale)
+
+
+def quantized(n: int, k: int) -> Quantized:
+    rng = np.random.default_rng(RNG_SEED)
+    scale = rng.uniform(0.005, 0.02, n).astype(np.float32)
+    return Quantized(rng.integers(-127, 128, (n, k)).astype(np.int8), scale)
+
+
+def linear(name: str, weight: Tensor, m: int = 5) -> Graph:
+    n, k = weight.shape
+    tensors: dict[str, Tensor] = {"x": draw(m, k), "w": weight, "b": draw(n)}
+    return Graph(name, Node("Linear", ("x", "w", "b"), ("y",), domain=OWN), tensors, ("x", "w", "b"))
+
+
+LABELS = Dense(np.array([0, 3, 2, 1, 3], np.int64))
+NORM = {"epsilon": 1e-5}
+
+GRAPHS = [
+    linear("linear", draw(7, 13)),
+    linear("linear-one-row", draw(33, 20), m=1),
+    linear("linear-wide", draw(70, 129), m=37),
+    linear("linear-sparse-1x4", sparse(12, 32, (1, 4)), m=19),
+    linear("linear-sparse-1x1", sparse(9, 21, (1, 1))),
+    Graph("add", Node("Add", ("a", "b"), ("y",)), {"a": draw(4, 6), "b": draw(4, 6, seed=1)}, ("a", "b")),
+    Graph("add-broadcast", Node("Add", ("a", "b"), ("y",)), {"a": draw(4, 6), "b": draw(6)}, ("a", "b")),
+    Graph("mul", Node("Mul", ("a", "b"), ("y",)), {"a": draw(4, 6), "b": draw(4, 6, seed=1)}, ("a", "b")),
+    Graph("mul-broadcast", Node("Mul", ("a", "b"), ("y",)), {"a": draw(4, 6), "b": draw(4, 1)}, ("a", "b")),
+    Graph("identity", Node("Identity", ("x",), ("y",)), {"x": draw(5, 7)}, ("x",)),
+    Graph("relu", Node("Relu", ("x",), ("y",)), {"x": away_from_zero(5, 7)}, ("x",)),
+    Graph("tanh", Node("Tanh", ("x",), ("y",)), {"x": draw(5, 7)}, ("x",)),
+    Graph("sigmoid", Node("Sigmoid", ("x",), ("y",)), {"x": draw(5, 7)}, ("x",)),
+    Graph("swish", Node("Swish", ("x",), ("y",)), {"x": draw(5, 7)}, ("x",)),
+    Graph("gelu", Node("Gelu", ("x",), ("y",)), {"x": draw(5, 7)}, ("x",)),
+    Graph("gelu-tanh", Node("Gelu", ("x",), ("y",), {"approximate": "tanh"}), {"x": draw(5, 7)}, ("x",)),
+    Graph(
+        "layer-normalization", Node("LayerNormalization", ("x", "g", "b"), ("y",), NORM),
+        {"x": draw(5, 17), "g": draw(17), "b": draw(17, seed=1)}, ("x", "g", "b"),
+    ),
+    Graph("softmax", Node("Softmax", ("x",), ("y",)), {"x": draw(5, 7)}, ("x",)),
+    Graph(
+        "cross-entropy", Node("SoftmaxCrossEntropyLoss", ("x", "labels"), ("loss",)), {"x": draw(5, 4)}, ("x",),
+        scalar=True, constants={"labels": LABELS},
+    ),
+    Graph(
+        "mean-squared-error", Node("MeanSquaredError", ("x", "t"), ("loss",), domain=OWN), {"x": draw(5, 4)}, ("x",),
+        scalar=True, constants={"t": draw(5, 4, seed=1)},
+    ),
+    Graph(
+        "distillation",
+        Node("DistillationLoss", ("x", "t", "labels"), ("loss",), {"temperature": 3.0, "alpha": 0.7}, OWN),
+        {"x": draw(5, 4)}, ("x",), scalar=True, constants={"labels": LABELS, "t": draw(5, 4, seed=1)},
+    ),
+]  # fmt: skip
+
+# Straight-through gradients of rounded weights: no finite difference of the rounded forward pass can confirm them, so they
+# are held against the same graph with the rounding left out.
+INT8_GRAPHS = [
+    linear("linear-int8", quantized(12, 20), m=9),
+    linear("linear-sparse-int8", int8(sparse(12, 32, (1, 4))), m=19),
+]
