@@ -20,12 +20,15 @@ FC_INLINE __mmask16 first_lanes(int64_t n) { return n >= LANES ? 0xffff : n <= 0
 FC_INLINE void tile(const int rows, const int vectors, int64_t depth, const float *a, const float *b, int64_t b_step,
                     int64_t b_panel, float *c, int64_t c_stride, __mmask16 last, int accumulate) {
     __m512 sum[MR][PAIR];
+    /* Opaque, or the compiler carries twelve row pointers from tile to tile, on the stack. */
+    __asm__("" : "+r"(c));
+    float *row = c;
 #pragma GCC unroll 12
-    for (int i = 0; i < rows; i++)
+    for (int i = 0; i < rows; i++, row += c_stride)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
             const __mmask16 lanes = v + 1 == vectors ? last : 0xffff;
-            sum[i][v] = accumulate ? _mm512_maskz_loadu_ps(lanes, c + i * c_stride + v * LANES) : _mm512_setzero_ps();
+            sum[i][v] = accumulate ? _mm512_maskz_loadu_ps(lanes, row + v * LANES) : _mm512_setzero_ps();
         }
     for (int64_t d = 0; d < depth; d++, a += rows, b += b_step) {
         __m512 column[PAIR];
@@ -38,16 +41,15 @@ FC_INLINE void tile(const int rows, const int vectors, int64_t depth, const floa
             for (int v = 0; v < vectors; v++) sum[i][v] = _mm512_fmadd_ps(factor, column[v], sum[i][v]);
         }
     }
+    row = c;
 #pragma GCC unroll 12
-    for (int i = 0; i < rows; i++)
+    for (int i = 0; i < rows; i++, row += c_stride)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) {
-            float *to = c + i * c_stride + v * LANES;
+        for (int v = 0; v < vectors; v++)
             if (v + 1 < vectors || last == 0xffff)
-                _mm512_storeu_ps(to, sum[i][v]);
+                _mm512_storeu_ps(row + v * LANES, sum[i][v]);
             else
-                _mm512_mask_storeu_ps(to, last, sum[i][v]);
-        }
+                _mm512_mask_storeu_ps(row + v * LANES, last, sum[i][v]);
 }
 
 FC_INLINE void panels(const int rows, int64_t cols, int64_t depth, const float *a, const float *b, int64_t b_step,
