@@ -55,7 +55,7 @@ def draw(rng: np.random.Generator, size: Size, form: str) -> Arrays:
     return {
         **draw_weight(rng, form, n, k, size[3:5] if "blocks" in form else (1, 1)),
         "x": rng.standard_normal((m, k), dtype=np.float32),
-        "dy": rng.standard_normal((m, n), dtype=np.float32),
+        "dy": rng.standard_normal((m, n), dtype=np.float32) / 4,
         "bias": rng.standard_normal(n, dtype=np.float32) if bias else None,
         "residual": rng.standard_normal((m, n), dtype=np.float32) if residual else None,
         "activation": activation,
