@@ -24,7 +24,10 @@ def draw_vector(rng, size):
 
 def kth_inputs(rng, size):
     x = draw_vector(rng, size)
-    return {"x": x, "ranks": sorted({1, max(1, x.size // 5), max(1, x.size * 4 // 5), max(1, x.size)}) if x.size else []}
+    return {
+        "x": x,
+        "ranks": sorted({1, max(1, x.size // 5), max(1, x.size * 4 // 5), max(1, x.size)}) if x.size else [],
+    }
 
 
 def kth_run(inputs, outputs, threads):
@@ -118,7 +121,10 @@ SQUARES = Case(
     ),
     inputs=squares_inputs,
     outputs=lambda inputs: {
-        "sums": (tuple(have // by for have, by in zip(inputs["weight"].shape, inputs["block"], strict=True)), np.float32)
+        "sums": (
+            tuple(have // by for have, by in zip(inputs["weight"].shape, inputs["block"], strict=True)),
+            np.float32,
+        )
     },
     run=squares_run,
     oracle=squares_oracle,
@@ -142,7 +148,7 @@ def random_blocks(rng, n, k, density, r, c):
 
 def expand(values, offsets, index, n, k):
     """The dense [n, k] matrix in float64."""
-    blocks, r, c = values.shape
+    _, r, c = values.shape
     dense = np.zeros((n // r, r, k // c, c))
     groups = np.repeat(np.arange(n // r), np.diff(offsets))
     dense[groups, :, index, :] = values
@@ -188,7 +194,9 @@ def finish(inputs, total, error):
         error = error + EPSILON * (np.abs(total) + error)
     result = reference_activation(inputs["activation"], total)
     # The slope of every activation is below 1.13, and each is held to 4e-7 of its argument by its own tests.
-    error = 1.13 * error + (4e-7 * (np.abs(total) + error) + 1e-30 if inputs["activation"] not in (None, "relu") else 0.0)
+    error = 1.13 * error + (
+        4e-7 * (np.abs(total) + error) + 1e-30 if inputs["activation"] not in (None, "relu") else 0.0
+    )
     if inputs["residual"] is not None:
         result = result + inputs["residual"]
         error = error + EPSILON * (np.abs(result) + error)
@@ -311,7 +319,10 @@ def int8_run(inputs, outputs, threads):
 def int8_answer(inputs):
     m, (n, k) = inputs["m"], inputs["shape"]
     weight = expand(inputs["values"], inputs["row_offsets"], inputs["index"], n, k)
-    q = inputs["codes"].reshape(k // 4, -(-m // 16) * 16, 4)[:, :m].transpose(0, 2, 1).reshape(k, m).astype(np.float64) - 128
+    q = (
+        inputs["codes"].reshape(k // 4, -(-m // 16) * 16, 4)[:, :m].transpose(0, 2, 1).reshape(k, m).astype(np.float64)
+        - 128
+    )
     total = (weight @ q) * (inputs["scales"].astype(np.float64) * inputs["weight_scale"].astype(np.float64)[:, None])
     # three roundings: of the int32 sum, of the product of the scales, and of their product
     return finish(inputs, total, 3.001 * EPSILON * np.abs(total))
