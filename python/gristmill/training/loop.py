@@ -143,22 +143,22 @@ class Descent:
         self.engine = self.server.engine
         with self.interrupts:
             try:
-                self.memory = self.server.start(job)
+                self.arena = self.server.start(job)
                 return self._descend(initial)
             finally:
                 with self.interrupts.held():
                     self.engine.stop()
 
     def _descend(self, initial: Mapping[str, Array]) -> Outcome:
-        settings, memory = self.settings, self.memory
+        settings, arena = self.settings, self.arena
         self.threads = default_threads()
-        self.aggregator = Aggregator(memory.slots, settings.reduction, self.threads)
-        self.state = State(memory.params, settings.optimizer.init(self.spec.size))
-        self.spec.write(initial, memory.params)
+        self.aggregator = Aggregator(arena.slots, settings.reduction, self.threads)
+        self.state = State(arena.params, settings.optimizer.init(self.spec.size))
+        self.spec.write(initial, arena.params)
         if settings.resume and settings.checkpoint is not None and Path(settings.checkpoint).exists():
             checkpoint.load(settings.checkpoint, self.state, self.spec, self.fingerprint)
         self.engine.broadcast("params")
-        metrics = self.measure(self.spec.views(memory.params)) if self.measure else dict
+        metrics = self.measure(self.spec.views(arena.params)) if self.measure else dict
         with Bar(settings.progress, settings.until.epochs, self.steps) as bar:
             while (stopped := settings.until.reached(self.state.history)) is None:
                 try:
@@ -175,9 +175,9 @@ class Descent:
 
     def _epoch(self, bar: Bar) -> None:
         """Visit every example once, from wherever the cursor stands."""
-        settings, memory, state = self.settings, self.memory, self.state
+        settings, arena, state = self.settings, self.arena, self.state
         if self.shuffled:
-            shards.shuffle(memory.order, settings.seed, state.cursor.epoch)
+            shards.shuffle(arena.order, settings.seed, state.cursor.epoch)
             self.engine.broadcast("order")
         while state.cursor.batch < self.steps:
             started = perf_counter()

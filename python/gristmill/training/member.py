@@ -5,20 +5,20 @@ from typing import Any
 
 from gristmill import errors
 from gristmill.errors import GristmillError, WorkerError
-from gristmill.training.memory import Memory
+from gristmill.training.arena import Arena
 from gristmill.training.shards import Lease
 from gristmill.training.spec import Spec
 from gristmill.training.task import Task
 
 
 class Member:
-    """A task at work on a Memory."""
+    """A task at work on an Arena."""
 
-    def __init__(self, task: Task, spec: Spec, memory: Memory, shuffled: bool, threads: int) -> None:
-        self._compute = task.build(spec.views(memory.params), threads)
-        self._slots = [spec.views(slot) for slot in memory.slots]
-        self._order, self._data, self._shuffled = memory.order, {}, shuffled
-        for name, array in memory.data.items():
+    def __init__(self, task: Task, spec: Spec, arena: Arena, shuffled: bool, threads: int) -> None:
+        self._compute = task.build(spec.views(arena.params), threads)
+        self._slots = [spec.views(slot) for slot in arena.slots]
+        self._order, self._data, self._shuffled = arena.order, {}, shuffled
+        for name, array in arena.data.items():
             self._data[name] = array.view()
             self._data[name].flags.writeable = False
 

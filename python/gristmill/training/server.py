@@ -6,8 +6,8 @@ from time import monotonic
 from typing import Any
 
 from gristmill.errors import WorkerError
+from gristmill.training.arena import Arena
 from gristmill.training.engine import Died, Done, Engine, Failed, Job
-from gristmill.training.memory import Memory
 from gristmill.training.shards import Lease, share
 
 
@@ -41,10 +41,10 @@ class Server:
         self._busy: dict[int, list[Lease]] = {}
         self._deadlines: dict[int, float] = {}
 
-    def start(self, job: Job) -> Memory:
-        memory = self.engine.start(job)
+    def start(self, job: Job) -> Arena:
+        arena = self.engine.start(job)
         self.report.leases = dict.fromkeys(self.engine.members, 0)
-        return memory
+        return arena
 
     def gather(self, leases: Sequence[Lease], step: int) -> Mapping[int, float]:
         """Have every lease computed by somebody; return the loss of each slot.

@@ -13,8 +13,8 @@ from contextlib import suppress
 from typing import Any
 
 from gristmill.training import task
+from gristmill.training.arena import Sizes, carve, map_file
 from gristmill.training.member import Member, failure
-from gristmill.training.memory import Sizes, carve, map_file
 from gristmill.training.messages import Channel
 from gristmill.training.shards import Lease
 from gristmill.training.spec import Spec
@@ -41,11 +41,11 @@ def die_with(parent: int) -> None:
         sys.exit(0)
 
 
-def serve(channel: Channel, arena: int) -> None:
+def serve(channel: Channel, descriptor: int) -> None:
     """Answer messages until the other end closes."""
     job, payload = channel.receive()
     try:
-        member = prepare(job, payload, arena)
+        member = prepare(job, payload, descriptor)
     except BaseException as error:
         channel.send({"failed": failure(error)})
         return
@@ -60,14 +60,14 @@ def serve(channel: Channel, arena: int) -> None:
         channel.send(answer)
 
 
-def prepare(job: dict[str, Any], payload: bytes, arena: int) -> Member:
+def prepare(job: dict[str, Any], payload: bytes, descriptor: int) -> Member:
     """Make ready what a job describes."""
     sys.path[:] = job["path"]
     restore_environment(job["environment"])
     sizes = Sizes.from_dict(job["sizes"])
-    memory = carve(sizes, map_file(arena, sizes.nbytes))
+    arena = carve(sizes, map_file(descriptor, sizes.nbytes))
     spec = Spec({name: tuple(shape) for name, shape in job["shapes"]})
-    return Member(task.decode(job["task"], payload), spec, memory, job["shuffled"], job["threads"])
+    return Member(task.decode(job["task"], payload), spec, arena, job["shuffled"], job["threads"])
 
 
 def restore_environment(variables: dict[str, str | None]) -> None:

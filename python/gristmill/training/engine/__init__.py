@@ -1,7 +1,7 @@
 """Who computes: engines, all with the same few verbs. A new engine is its file and its line in `ENGINES`.
 
-An engine hosts `workers` members. The coordinator writes parameters into the Memory that `start` returns, tells the engine so
-(`broadcast`), hands out leases (`submit`) and waits for whoever is ready (`wait_any`). Gradients arrive in the Memory's slots.
+An engine hosts `workers` members. The coordinator writes parameters into the Arena that `start` returns, tells the engine so
+(`broadcast`), hands out leases (`submit`) and waits for whoever is ready (`wait_any`). Gradients arrive in the Arena's slots.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Protocol
 
 from gristmill.errors import ModelError
 from gristmill.tensor.parts import Array
-from gristmill.training.memory import Memory, Sizes
+from gristmill.training.arena import Arena, Sizes
 from gristmill.training.shards import Lease
 from gristmill.training.spec import Spec
 from gristmill.training.task import Task
@@ -25,7 +25,7 @@ class Job:
         spec: of the parameters.
         data: arrays by name, the first axis being examples.
         slices: gradient slots.
-        shuffled: whether leases point into `Memory.order` rather than straight into the data.
+        shuffled: whether leases point into `Arena.order` rather than straight into the data.
         workers: members to start.
         threads: of each worker; None divides the cores among them.
         timeout: seconds after which a worker that does not get ready counts as frozen.
@@ -79,7 +79,7 @@ Event = Done | Failed | Died
 class Engine(Protocol):
     members: list[int]  # the living
 
-    def start(self, job: Job) -> Memory:
+    def start(self, job: Job) -> Arena:
         """Start the members.
 
         Raises:
@@ -87,7 +87,7 @@ class Engine(Protocol):
         """
 
     def broadcast(self, what: str) -> None:
-        """Make the Memory's `params` or `order`, just written, visible to all members."""
+        """Make the Arena's `params` or `order`, just written, visible to all members."""
 
     def submit(self, member: int, leases: Sequence[Lease]) -> None:
         """Let a member that is idle compute leases. A member that is gone shows as `Died` in `wait_any`."""

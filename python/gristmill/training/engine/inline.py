@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+from gristmill.errors import GristmillError
 from gristmill.runtime.threads import check_threads
+from gristmill.training.arena import Arena, private
 from gristmill.training.engine import Died, Done, Event, Failed, Job
 from gristmill.training.member import Member, failure, revive
-from gristmill.training.memory import Memory, private
 from gristmill.training.shards import Lease
 
 
@@ -16,11 +17,11 @@ class Inline:
         self.members: list[int] = []
         self._waiting: dict[int, list[Lease]] = {}
 
-    def start(self, job: Job) -> Memory:
-        memory = private(job.sizes(), job.data)
-        self._member = Member(job.task, job.spec, memory, job.shuffled, check_threads(job.threads))
+    def start(self, job: Job) -> Arena:
+        arena = private(job.sizes(), job.data)
+        self._member = Member(job.task, job.spec, arena, job.shuffled, check_threads(job.threads))
         self.members = list(range(job.workers))
-        return memory
+        return arena
 
     def broadcast(self, what: str) -> None:
         pass  # members read the very arrays that the coordinator writes
@@ -38,6 +39,8 @@ class Inline:
         try:
             return [Done(member, [self._member.compute(lease) for lease in leases])]
         except Exception as error:
+            if isinstance(error, GristmillError):
+                return [Failed(member, error)]
             revived = revive(member, failure(error))
             revived.__cause__ = error
             return [Failed(member, revived)]

@@ -18,9 +18,9 @@ from typing import Any
 from gristmill.errors import ModelError, WorkerError
 from gristmill.runtime.threads import default_threads
 from gristmill.tensor.parts import Array
+from gristmill.training.arena import Arena, anonymous_file, carve, map_file
 from gristmill.training.engine import Died, Done, Event, Failed, Job
 from gristmill.training.member import revive
-from gristmill.training.memory import Memory, anonymous_file, carve, map_file
 from gristmill.training.messages import Channel
 from gristmill.training.shards import Lease
 
@@ -47,7 +47,7 @@ class Processes:
         self._news: list[Event] = []  # what was found out while submitting
         self._spin = 0.0
 
-    def start(self, job: Job) -> Memory:
+    def start(self, job: Job) -> Arena:
         if os.name != "posix":
             raise ModelError("engine='processes' needs a POSIX system; use engine='inline'")
         cores = default_threads()
@@ -57,8 +57,8 @@ class Processes:
         threads = job.threads or max(1, cores // job.workers)
         descriptor = anonymous_file(sizes.nbytes)
         try:
-            memory = carve(sizes, map_file(descriptor, sizes.nbytes))
-            fill(memory.data, job.data)
+            arena = carve(sizes, map_file(descriptor, sizes.nbytes))
+            fill(arena.data, job.data)
             for member in range(job.workers):
                 self._spawn(member, descriptor, threads, job.timeout)
         finally:
@@ -76,7 +76,7 @@ class Processes:
         for member in list(self.members):
             self._send(member, greeting, payload)
         self._await_ready(job.timeout)
-        return memory
+        return arena
 
     def broadcast(self, what: str) -> None:
         pass  # members read the very pages that the coordinator writes; the next message orders the accesses
@@ -183,8 +183,8 @@ class Processes:
         worker.process.wait()
 
 
-def fill(memory: dict[str, Array], data: Any) -> None:
-    for name, array in memory.items():
+def fill(arena: dict[str, Array], data: Any) -> None:
+    for name, array in arena.items():
         array[...] = data[name]
 
 

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from gristmill.errors import BudgetError
-from gristmill.runtime.arena import aligned, allocate
+from gristmill.runtime.arena import Memory, aligned
 from gristmill.tensor.parts import Array
 
 Kind = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 
 @dataclass(frozen=True)
-class Memory:
+class Arena:
     """What all members see.
 
     Args:
@@ -42,7 +42,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the layout of a Memory depends on."""
+    """What the layout of an Arena depends on."""
 
     params: int
     slices: int
@@ -66,8 +66,8 @@ class Sizes:
         return cls(fields["params"], fields["slices"], fields["order"], data)
 
 
-def carve(sizes: Sizes, block: Any) -> Memory:
-    """Return the arrays of a Memory as views of a writable block of bytes."""
+def carve(sizes: Sizes, block: Any) -> Arena:
+    """Return the arrays of an Arena as views of a writable block of bytes."""
     raw = np.frombuffer(block, np.uint8)
     arrays: list[Array] = []
     offset = 0
@@ -76,16 +76,16 @@ def carve(sizes: Sizes, block: Any) -> Memory:
         arrays.append(raw[offset : offset + nbytes].view(dtype).reshape(shape))
         offset += aligned(nbytes)
     params, slots, rest = arrays[0], arrays[1 : sizes.slices + 1], arrays[sizes.slices + 1 :]
-    return Memory(params, slots, rest[0], {name: array for (name, _, _), array in zip(sizes.data, rest[1:], strict=True)})
+    return Arena(params, slots, rest[0], {name: array for (name, _, _), array in zip(sizes.data, rest[1:], strict=True)})
 
 
-def private(sizes: Sizes, data: Mapping[str, Array]) -> Memory:
-    """Return a Memory of this process alone, over the caller's own data."""
+def private(sizes: Sizes, data: Mapping[str, Array]) -> Arena:
+    """Return an Arena of this process alone, over the caller's own data."""
     bare = Sizes(sizes.params, sizes.slices, sizes.order, ())
-    block = allocate(bare.nbytes)
+    block = Memory().allocate(bare.nbytes)
     block[:] = 0
-    memory = carve(bare, block)
-    return Memory(memory.params, memory.slots, memory.order, dict(data))
+    arena = carve(bare, block)
+    return Arena(arena.params, arena.slots, arena.order, dict(data))
 
 
 def anonymous_file(nbytes: int) -> int:
