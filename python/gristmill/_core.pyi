@@ -56,8 +56,16 @@ def sgd_step(params: Array, grads: Array, learning_rate: float, weight_decay: fl
     """
 
 def momentum_step(
-    params: Array, grads: Array, velocity: Array, learning_rate: float, momentum: float, dampening: float, nesterov: bool,
-    weight_decay: float, clip: float, threads: int = 1,
+    params: Array,
+    grads: Array,
+    velocity: Array,
+    learning_rate: float,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    weight_decay: float,
+    clip: float,
+    threads: int = 1,
 ) -> None:
     """velocity = momentum * velocity + (1 - dampening) * g; params -= learning_rate * velocity, or with `nesterov` times
     (g + momentum * velocity).
@@ -66,8 +74,19 @@ def momentum_step(
     """
 
 def adam_step(
-    params: Array, grads: Array, first: Array, second: Array, learning_rate: float, beta1: float, beta2: float, epsilon: float,
-    weight_decay: float, decoupled: bool, step: int, clip: float, threads: int = 1,
+    params: Array,
+    grads: Array,
+    first: Array,
+    second: Array,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+    decoupled: bool,
+    step: int,
+    clip: float,
+    threads: int = 1,
 ) -> None:
     """Adam (decoupled=False: decay added to the gradient) or AdamW (decoupled=True); `step` counts from 1, as torch does."""
 
@@ -105,7 +124,8 @@ def linear_grad_weight(program: Program, dy: Array, x: Array, weight: Weight, gr
     of the scales, sum over k of dW[n,k] * codes[n,k].
     """
 
-# ---- nn: elementwise, normalisation, losses (float32 rows) ----
+# ---- nn: elementwise (any shape), normalisation, losses (float32 rows) ----
+# `out` or `dx` may be an input itself, except in column_sum, transpose, distillation_grad, and layer_norm_grad with dgamma or dbeta.
 
 def activate(program: Program, kind: str, x: Array, out: Array) -> None: ...
 def activate_grad(program: Program, kind: str, dy: Array, x: Array, dx: Array) -> None:
@@ -139,7 +159,10 @@ def mean_squared_error_grad(program: Program, dloss: Array, x: Array, target: Ar
 def distillation(
     program: Program, logits: Array, teacher: Array, labels: Array, temperature: float, alpha: float, loss: Array
 ) -> None:
-    """loss = alpha T^2 mean KL(softmax(teacher/T) || softmax(logits/T)) + (1 - alpha) mean cross entropy (Hinton et al. 2015)."""
+    """loss = alpha T^2 mean KL(softmax(teacher/T) || softmax(logits/T)) + (1 - alpha) mean cross entropy (Hinton et al. 2015).
+
+    A term of weight 0 is not evaluated: alpha = 1 reads no labels.
+    """
 
 def distillation_grad(
     program: Program,

@@ -37,6 +37,11 @@ class _Tape:
         self.nodes.append(Node(op, tuple(inputs), (name,), attributes or {}, domain))
         return name
 
+    def emit_all(self, op: str, inputs: Sequence[str], attributes: Mapping[str, Any], outputs: int) -> tuple[str, ...]:
+        names = tuple(f"gradient.{len(self.nodes)}.{op}.{output}" for output in range(outputs))
+        self.nodes.append(Node(op, tuple(inputs), names, attributes, GRAD))
+        return names
+
     def wants(self, name: str) -> bool:
         return name in self.wanted
 

@@ -7,7 +7,7 @@ from gristmill.errors import FormatError
 from gristmill.formats import native
 from gristmill.model import Model
 
-__all__ = ["load", "save"]
+__all__ = ["check_target", "load", "save"]
 
 LOADERS = {".safetensors": native.load}
 SAVERS = {".safetensors": native.save}
@@ -55,9 +55,20 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         >>> import tempfile, gristmill as gm
         >>> save(gm.zoo.mlp([4, 3]), tempfile.mkdtemp() + "/tiny.safetensors")
     """
+    wanted = check_target(path)
+    SAVERS[wanted.suffix](model, wanted)
+
+
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """Return the path that `save` would write, to find out before a long computation that it would refuse.
+
+    Raises:
+        FormatError: the format is unknown.
+        OSError: there is no folder to write in.
+    """
     wanted = Path(path)
     if wanted.suffix not in SAVERS:
         raise FormatError(f"{path}: saving {wanted.suffix or 'such'} files is not yet supported; known: {', '.join(SAVERS)}")
     if not wanted.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {wanted.parent} to save {wanted.name} in")
-    SAVERS[wanted.suffix](model, wanted)
+    return wanted

@@ -69,6 +69,9 @@ class Tape(Protocol):
     def emit(self, op: str, inputs: Sequence[str], attributes: Mapping[str, Any] | None = None, domain: str = GRAD) -> str:
         """Append a node with one output and return the output's name."""
 
+    def emit_all(self, op: str, inputs: Sequence[str], attributes: Mapping[str, Any], outputs: int) -> tuple[str, ...]:
+        """Append a gradient node with several outputs and return their names."""
+
     def wants(self, name: str) -> bool:
         """Whether the gradient of this value is needed."""
 

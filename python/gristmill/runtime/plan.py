@@ -180,7 +180,7 @@ class Layout:
 
     def _constant(self, name: str) -> Buffer:
         trained = self.trainable.get(name)
-        array = np.ascontiguousarray(self.model.tensors[name].dense()) if trained is None else trained
+        array = np.asarray(self.model.tensors[name].dense(), order="C") if trained is None else trained
         return Buffer(array.shape, array.dtype, array)
 
     def _refer(self, node: Node) -> None:

@@ -64,7 +64,7 @@ class Session:
             raise ModelError(f"unknown precision {precision!r}; choose one of {PRECISIONS}")
         self.model = model
         self.threads = check_threads(threads)
-        self.reference = reference or not hasattr(_core, "linear")  # until the kernels land
+        self.reference = reference
         self.trainable = dict(trainable or {})
         for name, array in self.trainable.items():
             _check_trainable(model, name, array)

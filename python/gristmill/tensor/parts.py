@@ -12,7 +12,7 @@ Array = np.ndarray[Any, Any]
 
 def frozen(array: Array) -> Array:
     """Return a C-contiguous read-only view or copy of an array; the caller's own array stays writable."""
-    view = np.ascontiguousarray(array).view()
+    view = np.asarray(array, order="C").view()  # ascontiguousarray would make a scalar a vector
     view.flags.writeable = False
     return view
 

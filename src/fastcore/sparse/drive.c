@@ -200,7 +200,7 @@ void fc_sparse_linear_run(const void *args, int rank, int size) {
             const int64_t count = s.last_column - m < FC_LANES ? s.last_column - m : FC_LANES;
             fc_blocks_tile tile = {
                 .panel = panel,
-                .width = (count + 15) / 16 * 16,
+                .width = count <= 4 ? 4 : (count + 15) / 16 * 16,
                 .values = w->values,
                 .index = w->index,
                 .sums = a->sums ? a->sums + g * w->block_rows : NULL,

@@ -92,14 +92,14 @@ static fc_status select_within(const float *x, int64_t n, int64_t k, window w, i
     return status;
 }
 
-/* A window that holds rank k of x unless the sample is unlucky: six standard deviations to both sides. */
+/* A window that holds rank k of x unless the sample is unlucky: five standard deviations to both sides. */
 static fc_status bracket(const float *x, int64_t n, int64_t k, window *w) {
     const int64_t wanted = n / 64 / SEGMENT, segments = wanted < MOST_SEGMENTS ? wanted : MOST_SEGMENTS, size = segments * SEGMENT;
     float *sample = malloc((size_t)size * sizeof *sample);
     if (!sample) return FC_NO_MEMORY;
     const int64_t stride = n / segments;
     for (int64_t i = 0; i < segments; i++) memcpy(sample + i * SEGMENT, x + i * stride, SEGMENT * sizeof *sample);
-    const double share = (double)k / (double)n, margin = 6.0 * __builtin_sqrt((double)size * share * (1.0 - share)) + SEGMENT;
+    const double share = (double)k / (double)n, margin = 5.0 * __builtin_sqrt((double)size * share * (1.0 - share)) + SEGMENT;
     const double centre = share * (double)size;
     fc_selection low = {0, 0, 0}, high = {(1u << 31) - 1, 0, 0};
     fc_status status = FC_OK;
@@ -122,7 +122,8 @@ fc_status fc_select_magnitude(const float *x, int64_t n, int64_t k, int threads,
         const fc_status status = bracket(x, n, k, &w);
         if (status != FC_OK) return status;
     }
-    return select_within(x, n, k, w, n >= LARGE ? MANY_BUCKETS : FEW_BUCKETS, useful_threads(n, threads), found);
+    const int64_t most = w.width > FEW_BUCKETS * FEW_BUCKETS ? MANY_BUCKETS : FEW_BUCKETS;
+    return select_within(x, n, k, w, n >= LARGE ? most : FEW_BUCKETS, useful_threads(n, threads), found);
 }
 
 /* Parts, not ranks, own the ties, because two runs may have teams of different sizes. */

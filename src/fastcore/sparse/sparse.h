@@ -43,7 +43,7 @@ typedef void fc_sum_block_squares_f32_fn(const float *weight, int64_t columns, i
 /* One tile of a product: `groups` row groups against one K block of `width` columns. */
 typedef struct fc_blocks_tile {
     const void *panel;          /* [panel rows][width] dwords, 64-byte aligned: floats, or four codes of consecutive K */
-    int64_t width;              /* 16, 32, 48 or 64 */
+    int64_t width;              /* 4, 16, 32, 48 or 64 */
     const void *values;         /* blocks of [block_rows][block_cols] */
     const int32_t *index;       /* by block; its first panel row is (index - base) * block_cols, or index - base for codes */
     const int32_t *begin, *end; /* [groups]: the blocks of a group that fall into the panel */

@@ -221,7 +221,7 @@ def product_work(size, limit):
 
 
 BLOCKS = ((1, 1), (1, 4), (2, 4), (4, 4))
-WIDTHS = (1, 2, 15, 16, 17, 31, 33, 48, 63, 64, 65, 130)
+WIDTHS = (1, 2, 4, 5, 15, 16, 17, 31, 33, 48, 63, 64, 65, 130)
 
 F32 = Case(
     name="sparse_linear",
