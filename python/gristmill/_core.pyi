@@ -221,7 +221,10 @@ def block_magnitudes(weight: Array, block: tuple[int, int], out: Array, threads:
     """out[n/r, k/c] = sum of squares of each block of weight[n,k], float32."""
 
 def magnitude_mask(x: Array, drop: int, mask: Array, threads: int = 1) -> None:
-    """mask (uint8, same length) = 0 for exactly the `drop` smallest |x| (ties: the lowest index goes first), 1 for the rest."""
+    """mask (uint8, same length) = 0 for exactly the `drop` smallest |x| (ties: the lowest index goes first), 1 for the rest.
+
+    NaN is refused.
+    """
 
 def pack_blocks(weight: Array, mask: Array, block: tuple[int, int]) -> tuple[Array, Array, Array]:
     """(values [blocks,r,c], row_offsets int32, index int32) of the blocks where mask[n/r, k/c] is not 0."""
@@ -230,7 +233,10 @@ def unpack_blocks(weight: Weight, out: Array, threads: int = 1) -> None:
     """out[n,k] float32 = the dense matrix, scales applied."""
 
 class PackedBlocks:
-    """A constant block-sparse weight (float32 or int8) in the order its kernel reads, with row sums for int8."""
+    """A block-sparse weight (float32 or int8) with where its rows cross K blocks and the row sums of int8.
+
+    It refers to the weight's arrays, which are what the kernels read. Blocks of 1x1 (float32 only), 1x4, 2x4 and 4x4.
+    """
 
     shape: tuple[int, int]
     nbytes: int
@@ -245,7 +251,10 @@ def sparse_linear(
     activation: str | None,
     residual: Array | None,
 ) -> None:
-    """Lanes in, lanes out: out[N,M] = activation(weight[N,K] @ x[K,M] + bias) + residual[N,M], float32 blocks [r, c]."""
+    """Lanes in, lanes out: out[N,M] = activation(weight[N,K] @ x[K,M] + bias) + residual[N,M], float32 blocks [r, c].
+
+    The values of a Weight are read at every run. out may be residual; it must not overlap x. A column's bits do not depend on M.
+    """
 
 def sparse_linear_int8(
     program: Program,
@@ -259,4 +268,7 @@ def sparse_linear_int8(
     activation: str | None,
     residual: Array | None,
 ) -> None:
-    """The same from a "lanes" panel of quantised activations; blocks [r, 4]; weight_scale is read at every run."""
+    """The same from a "lanes" panel of quantised activations; blocks [r, 4]; weight_scale is read at every run.
+
+    codes: uint8, flat, of [K / 4][M rounded up to 16][4]: q + 128, padded with 128; K < 131072.
+    """

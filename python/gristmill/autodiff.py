@@ -56,8 +56,8 @@ class _Tape:
 def gradients(model: Model, loss: str, wrt: Iterable[str]) -> Model:
     """Return a model that computes `loss` and, as outputs `gradient:<name>`, its gradient in each tensor of `wrt`.
 
-    The gradient of a compressed tensor is that of its trainable part: the stored values of a float32 `Sparse`, the scales of
-    anything int8 (straight through the rounding).
+    The gradient of a compressed tensor is that of its trainable part: the stored values of a float32 `Sparse`, a gain on the
+    scales of anything int8 (straight through the rounding).
 
     Args:
         model: a graph that contains `loss`.

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import gristmill as gm
 import numpy as np
 import pytest
 import typer
+
+import gristmill as gm
 from cli.test_commands import ENV, call, fails
 from gristmill.cli.dataset import read_examples, split
 from gristmill.cli.train import parse_layers

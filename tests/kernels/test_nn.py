@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from gristmill import _core
 
 LEVELS = ("scalar", "avx2", "avx512")
@@ -48,16 +49,12 @@ CLOSE = {"rtol": 2e-6, "atol": 2e-6}  # sums of 37 terms of size 3: 40 EPS of th
 def test_activations_match_torch(level, golden, kind):
     x, dy = golden["x"], golden["dy"]
     np.testing.assert_allclose(result(_core.activate, kind, x, shape=x.shape), golden[kind], **CLOSE)
-    np.testing.assert_allclose(
-        result(_core.activate_grad, kind, dy, x, shape=x.shape), golden[f"{kind}.grad.x"], **CLOSE
-    )
+    np.testing.assert_allclose(result(_core.activate_grad, kind, dy, x, shape=x.shape), golden[f"{kind}.grad.x"], **CLOSE)
 
 
 def test_layer_norm_matches_torch(level, golden):
     x, dy, gamma, beta = (golden[name] for name in ("x", "dy", "gamma", "beta"))
-    np.testing.assert_allclose(
-        result(_core.layer_norm, x, gamma, beta, 1e-5, shape=x.shape), golden["layer_norm"], **CLOSE
-    )
+    np.testing.assert_allclose(result(_core.layer_norm, x, gamma, beta, 1e-5, shape=x.shape), golden["layer_norm"], **CLOSE)
     dx, dgamma, dbeta = np.empty_like(x), np.empty_like(gamma), np.empty_like(beta)
     run(_core.layer_norm_grad, dy, x, gamma, 1e-5, dx, dgamma, dbeta)
     for name, value in {"x": dx, "gamma": dgamma, "beta": dbeta}.items():

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from gristmill import _core
 
+from gristmill import _core
 from kernels.cases import sparse
 
 LEVELS = ("scalar", "avx2", "avx512")
@@ -130,7 +130,12 @@ def test_pack_then_unpack(rng, block):
     mask = (rng.random((6, 10)) < 0.4).astype(np.uint8) * 255
     mask[2] = 0
     values, offsets, index = _core.pack_blocks(weight, mask, block)
-    assert (values.shape, values.dtype, offsets.dtype, index.dtype) == ((offsets[-1], r, c), np.float32, np.int32, np.int32)
+    assert (values.shape, values.dtype, offsets.dtype, index.dtype) == (
+        (offsets[-1], r, c),
+        np.float32,
+        np.int32,
+        np.int32,
+    )
     kept = np.where(np.kron(mask != 0, np.ones(block, bool)), weight, 0)
     assert np.array_equal(sparse.expand(values, offsets, index, n, k), kept)
     out = np.full((n, k), np.nan, np.float32)
@@ -185,7 +190,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("offsets, index", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize(("offsets", "index"), HOSTILE.values(), ids=HOSTILE)
 def test_hostile_indices_are_refused(offsets, index):
     offsets, index = np.array(offsets, np.int32), np.array(index, np.int32)
     with pytest.raises(ValueError, match="row_offsets"):
@@ -314,17 +319,17 @@ def test_products_check_their_arguments(rng):
     x, out = product_arrays(rng)
     bias, program = np.zeros(8, np.float32), _core.Program()
     wrong = [
-        (x[:-4].copy(), weight, out, None, None, None),  # K differs
-        (x, weight, out.T.copy(), None, None, None),
-        (x, weight, out, bias[:-1].copy(), None, None),
-        (x, weight, out, bias, None, x),
-        (x, weight, out, bias, "swish", None),
-        (x, codes_weight, out, None, None, None),
-        (x, _core.Weight(np.ones((8, 16), np.float32), (8, 16)), out, None, None, None),  # dense
-        (x, block_weight(rng, r=2, c=2)[0], out, None, None, None),  # no such kernel
+        ("x: expected shape", x[:-4].copy(), weight, out, None, None, None),
+        ("out: expected shape", x, weight, out.T.copy(), None, None, None),
+        ("bias: expected shape", x, weight, out, bias[:-1].copy(), None, None),
+        ("residual: expected shape", x, weight, out, bias, None, x),
+        ("unknown activation", x, weight, out, bias, "swish", None),
+        ("expected float32 blocks", x, codes_weight, out, None, None, None),
+        ("expected blocks", x, _core.Weight(np.ones((8, 16), np.float32), (8, 16)), out, None, None, None),
+        ("no kernel for blocks", x, block_weight(rng, r=2, c=2)[0], out, None, None, None),
     ]
-    for arguments in wrong:
-        with pytest.raises(ValueError):
+    for message, *arguments in wrong:
+        with pytest.raises(ValueError, match=message):
             _core.sparse_linear(program, *arguments)
     with pytest.raises(TypeError):
         _core.sparse_linear(program, x.astype(np.float64), weight, out, None, None, None)
@@ -338,18 +343,30 @@ def test_int8_products_check_their_arguments(rng):
     codes, scales, scale = np.full(16 * 16, 128, np.uint8), np.ones(5, np.float32), np.ones(8, np.float32)
     out, program = np.empty((8, 5), np.float32), _core.Program()
     wrong = [
-        (codes[:-1].copy(), scales, 5, packed, scale, out, None, None, None),
-        (codes, scales, 4, packed, scale, out, None, None, None),
-        (codes, scales, -1, packed, scale, out, None, None, None),
-        (codes, scales, 5, packed, scale[:-1].copy(), out, None, None, None),
-        (codes, scales, 5, packed, scale, out.T.copy(), None, None, None),
-        (codes, scales, 5, _core.pack_sparse(block_weight(rng)[0]), scale, out, None, None, None),
+        ("codes: expected shape", codes[:-1].copy(), scales, 5, packed, scale, out, None, None, None),
+        ("scales: expected shape", codes, scales, 4, packed, scale, out, None, None, None),
+        ("m: expected", codes, scales, -1, packed, scale, out, None, None, None),
+        ("weight_scale: expected shape", codes, scales, 5, packed, scale[:-1].copy(), out, None, None, None),
+        ("out: expected shape", codes, scales, 5, packed, scale, out.T.copy(), None, None, None),
+        (
+            "expected int8 blocks",
+            codes,
+            scales,
+            5,
+            _core.pack_sparse(block_weight(rng)[0]),
+            scale,
+            out,
+            None,
+            None,
+            None,
+        ),
     ]
-    for arguments in wrong:
-        with pytest.raises(ValueError):
+    for message, *arguments in wrong:
+        with pytest.raises(ValueError, match=message):
             _core.sparse_linear_int8(program, *arguments)
     with pytest.raises(TypeError):
         _core.sparse_linear_int8(program, codes.view(np.int8), scales, 5, packed, scale, out, None, None, None)
-    for refused in (block_weight(rng, c=1, int8=True)[0], _core.Weight(np.ones((8, 16), np.int8), (8, 16), scale)):
-        with pytest.raises(ValueError):
-            _core.pack_sparse(refused)
+    with pytest.raises(ValueError, match="no kernel for blocks"):
+        _core.pack_sparse(block_weight(rng, c=1, int8=True)[0])
+    with pytest.raises(ValueError, match="expected blocks"):
+        _core.pack_sparse(_core.Weight(np.ones((8, 16), np.int8), (8, 16), scale))

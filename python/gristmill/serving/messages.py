@@ -100,7 +100,7 @@ def _build() -> dict[str, Any]:
 CLASSES = _build()  # message classes by name
 
 
-def make(name: str, **fields: Any) -> Any:
+def make(name: str, /, **fields: Any) -> Any:
     """Return a new message of the protocol.
 
     Example:

@@ -70,6 +70,15 @@ class HostedModel:
         self._session = Session(model, threads)
         self._sessions = [self._session, *(self._session.clone() for _ in range(limits.max_concurrent - 1))]
         self._fitting: OrderedDict[tuple[tuple[int, ...], ...], None] = OrderedDict()
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Run once on zeros, every dimension that may vary taken as 1: weights get packed, and a model that cannot run fails now."""
+        shapes = {name: [1 if isinstance(dim, str) else dim for dim in port.shape] for name, port in self.inputs.items()}
+        try:
+            self.run({name: np.zeros(shapes[name], port.dtype) for name, port in self.inputs.items()})
+        except Refusal as refusal:
+            raise ServingError(f"model {self.name!r}: {refusal.message}") from refusal
 
     def check(self, inputs: Mapping[str, Array]) -> None:
         """Raise a Refusal unless every input is there and dimensions of one name are equal."""

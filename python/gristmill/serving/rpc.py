@@ -75,7 +75,7 @@ class Service(grpc.GenericRpcHandler):
         return rpc_codec.encode(call, outputs, request)
 
 
-def _serialised(kind: str, **fields: Any) -> bytes:
+def _serialised(kind: str, /, **fields: Any) -> bytes:
     data: bytes = messages.make(kind, **fields).SerializeToString()
     return data
 

@@ -45,6 +45,19 @@ def matrix_shape(spec: Mapping[str, Any]) -> tuple[int, int]:
     return int(shape[0]), int(shape[1])
 
 
+def with_gain(codes: Array, scale: Array, gain: Array, rows_of_codes: Array) -> tuple[Array, Array]:
+    """Return (codes, scale) of an int8 tensor whose rows are multiplied by `gain`; the scale stays positive, signs go to the codes.
+
+    Args:
+        codes: int8, any shape whose first dimensions `rows_of_codes` broadcasts over.
+        scale: float32 [n].
+        gain: float32 [n].
+        rows_of_codes: the row index of each code, broadcastable to `codes`.
+    """
+    signs = np.sign(gain).astype(np.int8)
+    return codes * signs[rows_of_codes], np.maximum(scale * np.abs(gain), np.finfo(np.float32).tiny)
+
+
 def check_scale(scale: Array, what: str) -> Array:
     """Return a scale after checking that it is finite and positive."""
     if not (np.isfinite(scale).all() and (scale > 0).all()):

@@ -2,7 +2,8 @@
  *
  * Products: a tile is cut into slices of at most eight registers of sums. fp32: broadcast and FMA, bound by the load ports. int8:
  * codes become signed, vpsignb moves the signs of the weights onto them, vpmaddubsw multiplies by the weights' magnitudes (two
- * products of at most 127 * 128 cannot saturate 16 bits), vpmaddwd by ones widens; three instructions per 32 multiplications bind.
+ * products of at most 127 * 128 cannot saturate 16 bits), vpmaddwd by ones widens; three instructions per 32 multiplications
+ * bind.
  */
 #include "body.h"
 
@@ -172,7 +173,8 @@ FC_INLINE void add_slice_u8_s8(const fc_blocks_tile *t, int64_t offset, int R, i
         int32_t *sums = (int32_t *)t->sum + g * R * t->width + offset;
 #pragma GCC unroll 8
         for (int i = 0; i < R * V; i++)
-            sum[i] = t->first ? _mm256_setzero_si256() : _mm256_load_si256((const __m256i *)(sums + i / V * t->width + i % V * 8));
+            sum[i] =
+                t->first ? _mm256_setzero_si256() : _mm256_load_si256((const __m256i *)(sums + i / V * t->width + i % V * 8));
         for (int64_t b = t->begin[g]; b < t->end[g]; b++) add_block_u8_s8(t, b, offset, R, V, sum);
 #pragma GCC unroll 8
         for (int i = 0; i < R * V; i++) _mm256_store_si256((__m256i *)(sums + i / V * t->width + i % V * 8), sum[i]);

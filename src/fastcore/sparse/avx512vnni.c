@@ -1,8 +1,8 @@
 /* AVX-512 VNNI: int8 products in blocks, lanes along M.
  *
  * A stored dword (four weights of consecutive K) is broadcast against up to four registers of 16 columns x 4 codes; one vpdpbusd
- * does 64 multiplications. Codes are q + 128, so every sum starts at -128 times the sum of its weights. 1x4 blocks cost five loads
- * per four vpdpbusd (the load port binds); 2x4 and 4x4 load the panel once for all their rows.
+ * does 64 multiplications. Codes are q + 128, so every sum starts at -128 times the sum of its weights. 1x4 blocks cost five
+ * loads per four vpdpbusd (the load port binds); 2x4 and 4x4 load the panel once for all their rows.
  */
 #include "body.h"
 

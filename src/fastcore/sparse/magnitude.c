@@ -1,8 +1,8 @@
 /* Selection by magnitude: a histogram of the bits that zooms in on the k-th value, and the masks made from it.
  *
- * A sample brackets the answer first (Floyd & Rivest, 1975), so that in a large array the first pass counts nearly everything by a
- * comparison alone and its histogram already covers few magnitudes; a second pass resolves one bucket. If the bracket missed, the
- * passes start over from the whole range. Exact in every case: a sample only decides where to look.
+ * A sample brackets the answer first (Floyd & Rivest, 1975), so that in a large array the first pass counts nearly everything by
+ * a comparison alone and its histogram already covers few magnitudes; a second pass resolves one bucket. If the bracket missed,
+ * the passes start over from the whole range. Exact in every case: a sample only decides where to look.
  */
 #include <stdlib.h>
 
@@ -94,7 +94,8 @@ static fc_status select_within(const float *x, int64_t n, int64_t k, window w, i
 
 /* A window that holds rank k of x unless the sample is unlucky: five standard deviations to both sides. */
 static fc_status bracket(const float *x, int64_t n, int64_t k, window *w) {
-    const int64_t wanted = n / 64 / SEGMENT, segments = wanted < MOST_SEGMENTS ? wanted : MOST_SEGMENTS, size = segments * SEGMENT;
+    const int64_t wanted = n / 64 / SEGMENT, segments = wanted < MOST_SEGMENTS ? wanted : MOST_SEGMENTS;
+    const int64_t size = segments * SEGMENT;
     float *sample = malloc((size_t)size * sizeof *sample);
     if (!sample) return FC_NO_MEMORY;
     const int64_t stride = n / segments;
@@ -103,7 +104,8 @@ static fc_status bracket(const float *x, int64_t n, int64_t k, window *w) {
     const double centre = share * (double)size;
     fc_selection low = {0, 0, 0}, high = {(1u << 31) - 1, 0, 0};
     fc_status status = FC_OK;
-    if (centre - margin >= 1.0) status = select_within(sample, size, (int64_t)(centre - margin), everything, FEW_BUCKETS, 1, &low);
+    if (centre - margin >= 1.0)
+        status = select_within(sample, size, (int64_t)(centre - margin), everything, FEW_BUCKETS, 1, &low);
     if (status == FC_OK && centre + margin <= (double)size)
         status = select_within(sample, size, (int64_t)(centre + margin), everything, FEW_BUCKETS, 1, &high);
     free(sample);

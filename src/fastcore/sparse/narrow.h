@@ -3,7 +3,8 @@
  * Include it inside the target region of a file with FMA.
  */
 FC_INLINE void add_narrow_block(const fc_blocks_tile *t, int64_t b, int R, int C, __m128 *sum) {
-    const float *x = (const float *)t->panel + (int64_t)(t->index[b] - t->base) * C * 4, *w = (const float *)t->values + b * R * C;
+    const float *x = (const float *)t->panel + (int64_t)(t->index[b] - t->base) * C * 4;
+    const float *w = (const float *)t->values + b * R * C;
 #pragma GCC unroll 4
     for (int c = 0; c < C; c++)
 #pragma GCC unroll 4

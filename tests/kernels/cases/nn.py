@@ -9,15 +9,13 @@ import math
 from functools import partial
 
 import numpy as np
-from gristmill import _core
 
+from gristmill import _core
 from kernels.case import Arrays, Case, Work
 
 EPS = 2.0**-24
 TINY = 2.0**-126
-SPECIAL = np.array(
-    [0.0, -0.0, np.nan, np.inf, -np.inf, 1e-40, -1e-40, 90.0, -90.0, 88.8, -87.4, 3e37, -3e37, 1e-20], np.float32
-)
+SPECIAL = np.array([0.0, -0.0, np.nan, np.inf, -np.inf, 1e-40, -1e-40, 90.0, -90.0, 88.8, -87.4, 3e37, -3e37, 1e-20], np.float32)
 
 VECTORS = tuple((n,) for n in (0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 100, 1023, 9001))
 MATRICES = ((0, 5), (1, 1), (5, 7), (3, 15), (4, 16), (9, 17), (8, 31), (33, 64), (17, 100), (130, 384), (70, 1000))
@@ -202,12 +200,8 @@ FACTOR = float(np.float32(0.37))
 
 ELEMENTWISE = [
     elementwise("add", "add_f32", lambda p, i, o: _core.add(p, i["a"], i["b"], o["out"]), lambda a, b: a + b, 3),
-    elementwise(
-        "multiply", "multiply_f32", lambda p, i, o: _core.multiply(p, i["a"], i["b"], o["out"]), lambda a, b: a * b, 3
-    ),
-    elementwise(
-        "scale", "scale_f32", lambda p, i, o: _core.scale(p, i["b"], FACTOR, o["out"]), lambda a, b: FACTOR * b, 2
-    ),
+    elementwise("multiply", "multiply_f32", lambda p, i, o: _core.multiply(p, i["a"], i["b"], o["out"]), lambda a, b: a * b, 3),
+    elementwise("scale", "scale_f32", lambda p, i, o: _core.scale(p, i["b"], FACTOR, o["out"]), lambda a, b: FACTOR * b, 2),
 ]
 
 # ---- rows ----
@@ -255,9 +249,7 @@ class Normalised:
         self.h = (x - mean) * self.inverse
         mean_error = EPS * (self.depth + 1) * np.abs(x).sum(1, keepdims=True) / n
         self.inverse_error = 0.5 * ((self.depth + 6) * EPS + mean_error**2 / variance) + 2 * EPS
-        self.h_error = self.inverse * (mean_error + EPS * np.abs(x - mean)) + np.abs(self.h) * (
-            self.inverse_error + 2 * EPS
-        )
+        self.h_error = self.inverse * (mean_error + EPS * np.abs(x - mean)) + np.abs(self.h) * (self.inverse_error + 2 * EPS)
 
 
 def layer_norm_case(affine):
@@ -325,9 +317,7 @@ LAYER_NORM_GRAD = Case(
         "dgamma": (i["gamma"].shape, np.float32),
         "dbeta": (i["gamma"].shape, np.float32),
     },
-    runner(
-        lambda p, i, o: _core.layer_norm_grad(p, i["dy"], i["x"], i["gamma"], EPSILON, o["dx"], o["dgamma"], o["dbeta"])
-    ),
+    runner(lambda p, i, o: _core.layer_norm_grad(p, i["dy"], i["x"], i["gamma"], EPSILON, o["dx"], o["dgamma"], o["dbeta"])),
     layer_norm_grad_oracle,
     layer_norm_grad_bound,
     bench=(LARGE,),
@@ -348,9 +338,7 @@ class Softmax:
             self.sum = terms.sum(1, keepdims=True)
             self.p = terms / self.sum
             self.term_error = EPS * (2 + 3 * np.where(terms == 0, 0, np.abs(self.z)))
-            self.sum_error = (
-                (self.p * self.term_error).sum(1, keepdims=True) + EPS * (x.shape[1] / 16 + 6) + x.shape[1] * TINY
-            )
+            self.sum_error = (self.p * self.term_error).sum(1, keepdims=True) + EPS * (x.shape[1] / 16 + 6) + x.shape[1] * TINY
             self.error = self.p * (self.term_error + self.sum_error + 3 * EPS) + TINY
 
 
