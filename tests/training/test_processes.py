@@ -31,14 +31,10 @@ FOREVER = (
     import os, threading, time
 
     def tell():
-        own = os.getpid()
-        while True:
-            children = open(f"/proc/{own}/task/{own}/children").read().split()
-            if len(children) == 2:
-                break
+        while not os.path.exists(CHECKPOINT):  # which the first epoch leaves
             time.sleep(0.01)
-        time.sleep(0.5)
-        print(*children, flush=True)
+        own = os.getpid()
+        print(open(f"/proc/{own}/task/{own}/children").read(), flush=True)
 
     threading.Thread(target=tell, daemon=True).start()
     gm.fit_gradient(gradient, {"w": np.zeros(3)}, data, workers=2, epochs=10**9, checkpoint=CHECKPOINT)
@@ -125,7 +121,7 @@ def test_nothing_is_left_behind(tmp_path, how):
 
 @linux
 def test_a_frozen_coordinator_s_death_ends_its_workers(tmp_path):
-    process = start_script(write_script(tmp_path, FOREVER.replace("CHECKPOINT", "None")))
+    process = start_script(write_script(tmp_path, FOREVER.replace("CHECKPOINT", repr(str(tmp_path / "checkpoint")))))
     workers = [int(pid) for pid in process.stdout.readline().split()]
     process.send_signal(signal.SIGSTOP)
     time.sleep(0.1)
