@@ -1,4 +1,4 @@
-"""What the dense products refuse, and what holds beyond one call: the same bits for any batching, packing or threads."""
+"""What the dense products refuse, and what holds beyond one call: the same bits for any batch, packing or threads."""
 
 import numpy as np
 import pytest
@@ -186,8 +186,8 @@ def test_linear_refuses_overlapping_arrays(drawn):
     with pytest.raises(ValueError, match="overlap"):
         _core.linear(_core.Program(), drawn["x"], cases.weight_of(drawn), out, None, None, out, scratch_for())
     square = np.empty((N, N), np.float32)
+    weight = _core.Weight(square.copy(), (N, N))
     with pytest.raises(ValueError, match="overlap"):
-        weight = _core.Weight(square.copy(), (N, N))
         _core.linear_grad_input(_core.Program(), square, weight, square, scratch_for(N, N, N))
 
 

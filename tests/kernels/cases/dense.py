@@ -123,7 +123,7 @@ def linear_oracle(inputs: Arrays) -> Arrays:
 
 
 def linear_bound(inputs: Arrays, wanted: Arrays) -> Arrays:
-    """k products and sums, scale, bias; an activation steepens errors by 1.13 at most and adds its own; one last sum."""
+    """k products and sums, scale, bias; an activation steepens errors by 1.13 at most, adds its own; a last sum."""
     magnitude = np.abs(inputs["x"]).astype(np.float64) @ np.abs(dense_weight(inputs)).T
     bound = (inputs["x"].shape[1] + 3) * UNIT * (magnitude + (0 if inputs["bias"] is None else np.abs(inputs["bias"])))
     if inputs["activation"] is not None:
