@@ -100,7 +100,7 @@ class PackedDense:
 
 def pack_dense(weight: Weight, threads: int = 1) -> PackedDense: ...
 def linear_scratch(m: int, n: int, k: int, threads: int) -> int:
-    """Bytes of scratch that any of the three dense products of these sizes needs."""
+    """Bytes of scratch that any of the three dense products of these sizes needs; with less, they run on fewer threads."""
 
 def linear(
     program: Program,
