@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 
-import gristmill as gm
 import numpy as np
 import pytest
+from typer.testing import CliRunner
+
+import gristmill as gm
 from formats.models import every_kind
 from gristmill.cli import app
 from gristmill.errors import DataError
-from typer.testing import CliRunner
 
 COMMANDS = ("train", "compress", "adapt", "serve", "run", "inspect", "kernels", "demo")
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"}

@@ -1,6 +1,7 @@
 """Small models that hold every kind of tensor, built from plain arrays."""
 
 import numpy as np
+
 from gristmill.model import Model
 from gristmill.ops import OWN, Node, TensorType
 from gristmill.tensor import Dense, Quantized, Sparse, Tensor

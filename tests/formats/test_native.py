@@ -6,16 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gristmill as gm
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+
+import gristmill as gm
 from formats.models import blocks, every_kind, unstructured
 from gristmill.errors import FormatError
 from gristmill.formats import load, native, save
 from gristmill.model import Model
 from gristmill.ops import TensorType
 from gristmill.tensor import Dense
-from safetensors.numpy import load_file
 
 
 def assert_same(one: Model, other: Model) -> None:

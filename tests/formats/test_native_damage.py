@@ -7,16 +7,17 @@ import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
-import gristmill as gm
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gristmill as gm
 from formats.models import blocks, every_kind
 from gristmill.errors import FormatError
 from gristmill.formats import load, native
 from gristmill.model import Model
 from gristmill.tensor import Dense
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 VALID = native.to_bytes(every_kind())
 
