@@ -75,7 +75,7 @@ def test_the_border_holds_no_loops_over_data_and_no_threads():
     for path in [SOURCES / "core.pyx", *SOURCES.glob("*/*.pxi")]:
         text = path.read_text()
         assert "prange" not in text, path
-        assert "malloc" not in text, path
+        assert "memoryview(" in text or not re.search(r"\b(float|int8_t)\s*\[:", text), path
 
 
 @pytest.mark.skipif(not SOURCES.exists(), reason="installed without sources")
@@ -83,6 +83,6 @@ def test_kernels_know_neither_python_nor_threads():
     for path in SOURCES.glob("*/*.c"):
         text = path.read_text()
         assert not re.search(r"#include\s*[<\"](omp|Python)\.h", text), path
-        if path.stem != "drive":
+        if path.stem in ("scalar", "avx2", "avx512", "avx512vnni"):
             assert not re.search(r"\b(malloc|calloc|realloc|printf|exit|abort)\s*\(", text), path
             assert "parallel.h" not in text, path

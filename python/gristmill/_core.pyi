@@ -56,8 +56,16 @@ def sgd_step(params: Array, grads: Array, learning_rate: float, weight_decay: fl
     """
 
 def momentum_step(
-    params: Array, grads: Array, velocity: Array, learning_rate: float, momentum: float, dampening: float, nesterov: bool,
-    weight_decay: float, clip: float, threads: int = 1,
+    params: Array,
+    grads: Array,
+    velocity: Array,
+    learning_rate: float,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    weight_decay: float,
+    clip: float,
+    threads: int = 1,
 ) -> None:
     """velocity = momentum * velocity + (1 - dampening) * g; params -= learning_rate * velocity, or with `nesterov` times
     (g + momentum * velocity).
@@ -66,8 +74,19 @@ def momentum_step(
     """
 
 def adam_step(
-    params: Array, grads: Array, first: Array, second: Array, learning_rate: float, beta1: float, beta2: float, epsilon: float,
-    weight_decay: float, decoupled: bool, step: int, clip: float, threads: int = 1,
+    params: Array,
+    grads: Array,
+    first: Array,
+    second: Array,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+    decoupled: bool,
+    step: int,
+    clip: float,
+    threads: int = 1,
 ) -> None:
     """Adam (decoupled=False: decay added to the gradient) or AdamW (decoupled=True); `step` counts from 1, as torch does."""
 
@@ -105,7 +124,8 @@ def linear_grad_weight(program: Program, dy: Array, x: Array, weight: Weight, gr
     of the scales, sum over k of dW[n,k] * codes[n,k].
     """
 
-# ---- nn: elementwise, normalisation, losses (float32 rows) ----
+# ---- nn: elementwise (any shape), normalisation, losses (float32 rows) ----
+# `out` or `dx` may be an input itself, except in column_sum, transpose, distillation_grad, and layer_norm_grad with dgamma or dbeta.
 
 def activate(program: Program, kind: str, x: Array, out: Array) -> None: ...
 def activate_grad(program: Program, kind: str, dy: Array, x: Array, dx: Array) -> None:
@@ -139,7 +159,10 @@ def mean_squared_error_grad(program: Program, dloss: Array, x: Array, target: Ar
 def distillation(
     program: Program, logits: Array, teacher: Array, labels: Array, temperature: float, alpha: float, loss: Array
 ) -> None:
-    """loss = alpha T^2 mean KL(softmax(teacher/T) || softmax(logits/T)) + (1 - alpha) mean cross entropy (Hinton et al. 2015)."""
+    """loss = alpha T^2 mean KL(softmax(teacher/T) || softmax(logits/T)) + (1 - alpha) mean cross entropy (Hinton et al. 2015).
+
+    A term of weight 0 is not evaluated: alpha = 1 reads no labels.
+    """
 
 def distillation_grad(
     program: Program,
@@ -198,7 +221,10 @@ def block_magnitudes(weight: Array, block: tuple[int, int], out: Array, threads:
     """out[n/r, k/c] = sum of squares of each block of weight[n,k], float32."""
 
 def magnitude_mask(x: Array, drop: int, mask: Array, threads: int = 1) -> None:
-    """mask (uint8, same length) = 0 for exactly the `drop` smallest |x| (ties: the lowest index goes first), 1 for the rest."""
+    """mask (uint8, same length) = 0 for exactly the `drop` smallest |x| (ties: the lowest index goes first), 1 for the rest.
+
+    NaN is refused.
+    """
 
 def pack_blocks(weight: Array, mask: Array, block: tuple[int, int]) -> tuple[Array, Array, Array]:
     """(values [blocks,r,c], row_offsets int32, index int32) of the blocks where mask[n/r, k/c] is not 0."""
@@ -207,7 +233,10 @@ def unpack_blocks(weight: Weight, out: Array, threads: int = 1) -> None:
     """out[n,k] float32 = the dense matrix, scales applied."""
 
 class PackedBlocks:
-    """A constant block-sparse weight (float32 or int8) in the order its kernel reads, with row sums for int8."""
+    """A block-sparse weight (float32 or int8) with where its rows cross K blocks and the row sums of int8.
+
+    It refers to the weight's arrays, which are what the kernels read. Blocks of 1x1 (float32 only), 1x4, 2x4 and 4x4.
+    """
 
     shape: tuple[int, int]
     nbytes: int
@@ -222,7 +251,10 @@ def sparse_linear(
     activation: str | None,
     residual: Array | None,
 ) -> None:
-    """Lanes in, lanes out: out[N,M] = activation(weight[N,K] @ x[K,M] + bias) + residual[N,M], float32 blocks [r, c]."""
+    """Lanes in, lanes out: out[N,M] = activation(weight[N,K] @ x[K,M] + bias) + residual[N,M], float32 blocks [r, c].
+
+    The values of a Weight are read at every run. out may be residual; it must not overlap x. A column's bits do not depend on M.
+    """
 
 def sparse_linear_int8(
     program: Program,
@@ -236,4 +268,7 @@ def sparse_linear_int8(
     activation: str | None,
     residual: Array | None,
 ) -> None:
-    """The same from a "lanes" panel of quantised activations; blocks [r, 4]; weight_scale is read at every run."""
+    """The same from a "lanes" panel of quantised activations; blocks [r, 4]; weight_scale is read at every run.
+
+    codes: uint8, flat, of [K / 4][M rounded up to 16][4]: q + 128, padded with 128; K < 131072.
+    """

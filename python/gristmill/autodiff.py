@@ -37,6 +37,11 @@ class _Tape:
         self.nodes.append(Node(op, tuple(inputs), (name,), attributes or {}, domain))
         return name
 
+    def emit_all(self, op: str, inputs: Sequence[str], attributes: Mapping[str, Any], outputs: int) -> tuple[str, ...]:
+        names = tuple(f"gradient.{len(self.nodes)}.{op}.{output}" for output in range(outputs))
+        self.nodes.append(Node(op, tuple(inputs), names, attributes, GRAD))
+        return names
+
     def wants(self, name: str) -> bool:
         return name in self.wanted
 
@@ -51,8 +56,8 @@ class _Tape:
 def gradients(model: Model, loss: str, wrt: Iterable[str]) -> Model:
     """Return a model that computes `loss` and, as outputs `gradient:<name>`, its gradient in each tensor of `wrt`.
 
-    The gradient of a compressed tensor is that of its trainable part: the stored values of a float32 `Sparse`, the scales of
-    anything int8 (straight through the rounding).
+    The gradient of a compressed tensor is that of its trainable part: the stored values of a float32 `Sparse`, a gain on the
+    scales of anything int8 (straight through the rounding).
 
     Args:
         model: a graph that contains `loss`.

@@ -216,4 +216,11 @@ include "nn/nn.pxi"
 include "quant/quant.pxi"
 include "sparse/sparse.pxi"
 
+
+def packed_nbytes(object pack, Weight weight not None):
+    """Return the bytes that pack_dense, pack_int8 or pack_sparse will allocate for a weight, before any is."""
+    sizes = {pack_dense: dense_packed_nbytes, pack_int8: int8_packed_nbytes, pack_sparse: blocks_packed_nbytes}
+    return sizes[pack](weight)
+
+
 set_isa(os.environ.get("GRISTMILL_ISA"))

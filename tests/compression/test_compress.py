@@ -83,7 +83,7 @@ def test_what_is_compressed_runs_on_its_kernel_and_is_smaller(model, recipe, ker
 
 def test_distillation_recovers_what_pruning_lost(model, data):
     pruned, _ = gm.compress(model, [gm.Prune(0.9)])
-    distilled, report = gm.compress(model, [gm.Prune(0.9), gm.Distill(epochs=5)], data=data)
+    distilled, report = gm.compress(model, [gm.Prune(0.9), gm.Distill(epochs=20)], data=data)
     lost = gm.evaluate(model, data) - gm.evaluate(pruned, data)
     assert gm.evaluate(model, data) - gm.evaluate(distilled, data) < max(0.5 * lost, 0.02)
     for name in model.weights:

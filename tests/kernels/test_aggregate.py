@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gristmill import _core
 
+from gristmill import _core
 from kernels.cases.aggregate import ROUNDING, left_complete_tree
 from kernels.harness import Guarded, same_bits
 

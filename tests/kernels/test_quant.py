@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from gristmill import _core
 
 LEVELS = ("scalar", "avx2", "avx512")
@@ -235,9 +236,7 @@ def test_outputs_must_be_writable():
 )
 def test_quantize_activations_refuses(x, lanes, layout, codes, scales, error):
     with pytest.raises(error):
-        _core.quantize_activations(
-            _core.Program(), x, lanes, layout, np.empty(codes, np.uint8), np.empty(scales, np.float32)
-        )
+        _core.quantize_activations(_core.Program(), x, lanes, layout, np.empty(codes, np.uint8), np.empty(scales, np.float32))
 
 
 @pytest.mark.parametrize("offsets", [[0, 2], [1, 3], [0, 2, 1, 3], [0, 4, 3], []])
@@ -245,9 +244,7 @@ def test_quantize_blocks_refuses_offsets(offsets):
     values = np.ones((3, 2, 4), np.float32)
     rows = max(len(offsets) - 1, 0) * 2
     with pytest.raises(ValueError, match="row_offsets"):
-        _core.quantize_blocks(
-            values, np.array(offsets, np.int32), np.empty(values.shape, np.int8), np.empty(rows, np.float32)
-        )
+        _core.quantize_blocks(values, np.array(offsets, np.int32), np.empty(values.shape, np.int8), np.empty(rows, np.float32))
 
 
 def test_a_nan_in_any_block_of_a_row_counts(level):

@@ -1,8 +1,8 @@
 """Make a trained model smaller and faster: clip, prune, distil, quantise. Each pass is a config that maps a Model to a Model."""
 
 from gristmill.compression.clip import Clip
-from gristmill.compression.compress import compress
 from gristmill.compression.distill import Distill
+from gristmill.compression.pipeline import compress
 from gristmill.compression.prune import Prune
 from gristmill.compression.quantize import Quantize
 from gristmill.compression.report import Report

@@ -76,7 +76,7 @@ def _describe(tensor: Tensor) -> str:
 
 def _layer_latency(tensor: Tensor, threads: int) -> dict[int, float]:
     """Return the milliseconds of one Linear with this weight, by batch size."""
-    n, k = tensor.shape
+    k = tensor.shape[1]
     node = Node("Linear", ("x", "weight"), ("y",), domain=OWN)
     layer = Model((node,), {"weight": tensor}, {"x": TensorType(np.dtype(np.float32), ("batch", k))}, ("y",))
     session = Session(layer, threads=threads)

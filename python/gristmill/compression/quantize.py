@@ -10,7 +10,9 @@ from gristmill.tensor import Quantized, Sparse, Tensor
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Quantise the weights of Linear nodes, dense and sparse; weights that are int8 already stay.
+    """Quantise the weights of Linear nodes, dense and sparse.
+
+    Weights that are int8 already stay, and so do sparse ones whose inputs are no multiple of four: no int8 kernel reads them.
 
     Args:
         precision: "int8".
@@ -41,6 +43,6 @@ class Quantize(Pass):
             tensor = model.tensors[name]
             if tensor.kind == "dense":
                 quantized[name] = Quantized.from_dense(tensor.dense(), context.threads)
-            elif isinstance(tensor, Sparse) and tensor.scale is None:
+            elif isinstance(tensor, Sparse) and tensor.scale is None and tensor.shape[1] % 4 == 0:
                 quantized[name] = tensor.quantized(context.threads)
         return model.replace(tensors=quantized)

@@ -43,9 +43,7 @@ class Pass:
 
     def describe(self) -> dict[str, Any]:
         """Return the settings, for provenance."""
-        settings = {
-            name: value for name, value in asdict(self).items() if isinstance(value, (str, int, float, tuple, type(None)))
-        }
+        settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         return {"pass": type(self).__name__, **settings}
 
 

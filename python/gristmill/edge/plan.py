@@ -60,11 +60,12 @@ def plan_memory(
     def with_micro_batch(micro: int) -> MemoryPlan:
         return _lay_out(session, trainable, optimizer, micro, batch, masters)
 
-    best = with_micro_batch(batch)
-    if budget is None or best.nbytes <= budget:
-        return best
+    whole = with_micro_batch(batch)
+    if budget is None or whole.nbytes <= budget:
+        return whole
     best = with_micro_batch(1)
     if best.nbytes > budget:
+        best = min(best, whole, key=lambda plan: plan.nbytes)  # a small batch may need less than an accumulator
         detail = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in vars(best).items() if name != "micro_batch")
         raise BudgetError(
             f"training needs at least {best.nbytes:,} bytes ({detail}), the budget is {budget:,}; "

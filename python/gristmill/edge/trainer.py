@@ -9,7 +9,7 @@ import numpy as np
 from gristmill import _core
 from gristmill.autodiff import gradient_name, gradients
 from gristmill.edge.plan import MemoryPlan, flat_size, input_types, padded, plan_memory
-from gristmill.edge.update import Selection, is_int8, select
+from gristmill.edge.update import Selection, select
 from gristmill.errors import DataError, DivergedError, ModelError
 from gristmill.losses import LABELS, LOSS, attach
 from gristmill.losses import find as find_loss
@@ -21,7 +21,6 @@ from gristmill.tensor.parts import Array
 
 METHODS = ("mini-batch", "gradient-descent")
 UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
-SMALLEST_SCALE = 1e-12  # int8 scales stay positive
 
 
 @dataclass(frozen=True)
@@ -202,9 +201,6 @@ class _Run:
             raise DivergedError(f"step {self.step + 1}: the loss is {loss}; lower the learning rate or look for bad examples")
         self.step += 1
         self.trainer.optimizer.update(self.params, self.total, self.state, self.step, squares, self.trainer.threads)
-        for name, values in self.slices.items():
-            if is_int8(self.selection.model.tensors[name]):
-                np.maximum(values, SMALLEST_SCALE, out=values)
         return loss
 
     def _gradients(self, inputs: Mapping[str, Array], part: Array) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 
 from gristmill.errors import ModelError
 from gristmill.model import Model
-from gristmill.tensor import Dense, Quantized, Sparse, Tensor
+from gristmill.tensor import Dense, Quantized, Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
 
 
@@ -73,10 +73,6 @@ def select(model: Model, update: str) -> Selection:
 
 def is_float(array: Array) -> bool:
     return array.dtype == np.float32
-
-
-def is_int8(tensor: Tensor) -> bool:
-    return isinstance(tensor, Quantized) or (isinstance(tensor, Sparse) and tensor.scale is not None)
 
 
 def master(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ _ALL: tuple[type[Op], ...] = (
     linear.Linear, linear.LinearGradInput, linear.LinearGradWeight, linear.SumRows,
     activation.Relu, activation.Gelu, activation.Tanh, activation.Sigmoid, activation.Swish, activation.ActivationGrad,
     arithmetic.Add, arithmetic.Mul, arithmetic.Identity, arithmetic.SumToShape,
-    normalization.LayerNormalization, normalization.LayerNormalizationGrad, normalization.LayerNormalizationScaleGrad,
+    normalization.LayerNormalization, normalization.LayerNormalizationGrad,
     normalization.Softmax, normalization.SoftmaxGrad,
     loss.SoftmaxCrossEntropyLoss, loss.SoftmaxCrossEntropyLossGrad, loss.MeanSquaredError, loss.MeanSquaredErrorGrad,
     loss.DistillationLoss, loss.DistillationLossGrad,

@@ -11,7 +11,7 @@ import numpy as np
 from gristmill import _core
 from gristmill.ops.activation import evaluate
 from gristmill.ops.op import GRAD, OWN, Binder, Node, Op, Tape, TensorType, as_rows, need, same_dim
-from gristmill.tensor import Sparse, Tensor
+from gristmill.tensor import Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
 
 
@@ -64,45 +64,50 @@ class Linear(Op):
             tape.add(bias, tape.emit("SumRows", [dy]))
 
     def bind(self, node: Node, binder: Binder) -> bool:
-        KERNELS[binder.tensor(node.inputs[1]).kind](node, binder)
-        return True
+        return KERNELS[binder.tensor(node.inputs[1]).kind](node, binder)
 
 
-def bind_dense(node: Node, binder: Binder) -> None:
+def bind_dense(node: Node, binder: Binder) -> bool:
     x, residual, out = matrices(node, binder, "rows")
     weight = node.inputs[1]
     source = binder.weight(weight) if reads_in_place(node, binder) else binder.packed(weight, _core.pack_dense)
     n, k = binder.tensor(weight).shape
     scratch = binder.scratch(_core.linear_scratch(x.shape[0], n, k, binder.threads))
     binder.step(_core.linear, x, source, out, *epilogue(node, binder, residual), scratch)
+    return True
 
 
-def bind_quantized(node: Node, binder: Binder) -> None:
+def bind_quantized(node: Node, binder: Binder) -> bool:
     codes, scales, m = binder.codes(node.inputs[0], "tile")
     _, residual, out = matrices(node, binder, "rows")
     packed = binder.packed(node.inputs[1], _core.pack_int8)
-    weight_scale = scale_of(node, binder)
+    weight_scale = binder.scale(node.inputs[1])
     binder.step(_core.linear_int8, codes, scales, m, packed, weight_scale, out, *epilogue(node, binder, residual))
+    return True
 
 
-def bind_sparse(node: Node, binder: Binder) -> None:
+def bind_sparse(node: Node, binder: Binder) -> bool:
     weight = node.inputs[1]
     tensor = binder.tensor(weight)
     assert isinstance(tensor, Sparse)
+    if tensor.block not in BLOCKS[tensor.values.dtype.name]:
+        return False
     if tensor.scale is not None:
         codes, scales, m = binder.codes(node.inputs[0], "lanes")
         _, residual, out = matrices(node, binder, "lanes")
         packed = binder.packed(weight, _core.pack_sparse)
-        binder.step(
-            _core.sparse_linear_int8, codes, scales, m, packed, scale_of(node, binder), out, *epilogue(node, binder, residual)
-        )
-        return
+        weight_scale = binder.scale(weight)
+        binder.step(_core.sparse_linear_int8, codes, scales, m, packed, weight_scale, out, *epilogue(node, binder, residual))
+        return True
     x, residual, out = matrices(node, binder, "lanes")
     source = binder.weight(weight) if reads_in_place(node, binder) else binder.packed(weight, _core.pack_sparse)
     binder.step(_core.sparse_linear, x, source, out, *epilogue(node, binder, residual))
+    return True
 
 
-KERNELS: dict[str, Callable[[Node, Binder], None]] = {
+BLOCKS = {"float32": {(1, 1), (1, 4), (2, 4), (4, 4)}, "int8": {(1, 4), (2, 4), (4, 4)}}  # that kernels exist for
+
+KERNELS: dict[str, Callable[[Node, Binder], bool]] = {
     "dense": bind_dense,
     "quantized": bind_quantized,
     "sparse": bind_sparse,
@@ -131,12 +136,6 @@ def epilogue(node: Node, binder: Binder, residual: Any) -> tuple[Any, Any, Any]:
     return bias, node.attributes.get("activation"), residual
 
 
-def scale_of(node: Node, binder: Binder) -> Any:
-    """The scales of an int8 weight: where they train, the kernel reads them from the arena at every run."""
-    weight = node.inputs[1]
-    return binder.array(weight) if binder.trains(weight) else binder.tensor(weight).scale  # type: ignore[union-attr]
-
-
 class LinearGradInput(Op):
     """dx [..., k] = dy [..., n] @ W [n, k]."""
 
@@ -157,15 +156,15 @@ class LinearGradInput(Op):
     def bind(self, node: Node, binder: Binder) -> bool:
         dy, dx = binder.rows(node.inputs[0]), binder.output(node.outputs[0])
         dy, dx = dy.reshape(*as_rows(dy.shape)), dx.reshape(*as_rows(dx.shape))
-        weight = binder.weight(node.inputs[1])
-        scratch = binder.scratch(_core.linear_scratch(dy.shape[0], *weight.shape, binder.threads))
-        binder.step(_core.linear_grad_input, dy, weight, dx, scratch)
+        n, k = binder.tensor(node.inputs[1]).shape
+        scratch = binder.scratch(_core.linear_scratch(dy.shape[0], n, k, binder.threads))
+        binder.step(_core.linear_grad_input, dy, binder.weight(node.inputs[1]), dx, scratch)
         return True
 
 
 class LinearGradWeight(Op):
     """The gradient of what trains in W: dW = dy.T @ x for a dense weight, its stored positions for a sparse one, or the
-    gradient of the scales for an int8 one (straight through the rounding)."""
+    gradient of the gains on the scales for an int8 one (straight through the rounding)."""
 
     name = "LinearGradWeight"
     domain = GRAD
@@ -184,27 +183,24 @@ class LinearGradWeight(Op):
     def bind(self, node: Node, binder: Binder) -> bool:
         dy, x, grad = binder.rows(node.inputs[0]), binder.rows(node.inputs[1]), binder.output(node.outputs[0])
         dy, x = dy.reshape(*as_rows(dy.shape)), x.reshape(*as_rows(x.shape))
-        weight = binder.weight(node.inputs[2])
-        scratch = binder.scratch(_core.linear_scratch(dy.shape[0], *weight.shape, binder.threads))
-        binder.step(_core.linear_grad_weight, dy, x, weight, grad, scratch)
+        tensor = binder.tensor(node.inputs[2])
+        n, k = tensor.shape
+        scratch = binder.scratch(_core.linear_scratch(dy.shape[0], n, k, binder.threads))
+        binder.step(_core.linear_grad_weight, dy, x, binder.weight(node.inputs[2]), grad, scratch)
+        if is_int8(tensor):  # the kernel gives the gradient of the scales; a gain multiplies them
+            binder.step(_core.multiply, grad, tensor.scale, grad)  # type: ignore[union-attr]
         return True
 
 
 def project(weight: Tensor, gradient: Array) -> Array:
     """Return the gradient of a weight's trainable part from the gradient [n, k] of the dense matrix."""
-    if weight.kind == "quantized":
-        return np.einsum("nk,nk->n", gradient, weight.codes)  # type: ignore[union-attr]
+    if is_int8(weight):
+        return np.einsum("nk,nk->n", gradient, weight.dense())
     if not isinstance(weight, Sparse):
         return gradient
-    rows, columns = weight.block
-    groups = np.repeat(np.arange(len(weight.row_offsets) - 1), np.diff(weight.row_offsets))
-    blocked = gradient.reshape(weight.shape[0] // rows, rows, weight.shape[1] // columns, columns)
-    picked = blocked[groups, :, weight.index, :]
-    if weight.scale is None:
-        return picked
-    sums = np.zeros((len(weight.row_offsets) - 1, rows), gradient.dtype)
-    np.add.at(sums, groups, (picked * weight.values).sum(axis=2))
-    return sums.reshape(-1)
+    columns = weight.block[1]
+    elements = weight.index[:, None, None] * columns + np.arange(columns)
+    return gradient[weight.rows_of_values, elements]
 
 
 class SumRows(Op):

@@ -49,11 +49,12 @@ class LayerNormalization(Op):
 
     def gradient(self, node: Node, tape: Tape, dy: str) -> None:
         x, gamma, beta = node.input(0), node.input(1), node.input(2)
-        attributes = {"epsilon": node.attributes.get("epsilon", 1e-5)}
-        if tape.wants(x):
-            tape.add(x, tape.emit("LayerNormalizationGrad", [dy, x, gamma], attributes))
-        if tape.wants(gamma):
-            tape.add(gamma, tape.emit("LayerNormalizationScaleGrad", [dy, x], attributes))
+        if tape.wants(x) or tape.wants(gamma):
+            attributes = {"epsilon": node.attributes.get("epsilon", 1e-5)}
+            made = tape.emit_all("LayerNormalizationGrad", [dy, x, gamma], attributes, outputs=2 if tape.wants(gamma) else 1)
+            for value, gradient in zip((x, gamma), made, strict=False):
+                if tape.wants(value):
+                    tape.add(value, gradient)
         if beta and tape.wants(beta):
             tape.add(beta, tape.emit("SumRows", [dy]))
 
@@ -67,7 +68,7 @@ class LayerNormalization(Op):
 
 
 class LayerNormalizationGrad(Op):
-    """The gradient of LayerNormalization in x."""
+    """The gradients of LayerNormalization in x and, as a second output, in its scale."""
 
     name = "LayerNormalizationGrad"
     domain = GRAD
@@ -75,46 +76,27 @@ class LayerNormalizationGrad(Op):
     attributes = {"epsilon": float}
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        assert types[1] is not None
-        return [types[1]]
+        x, gamma = types[1:]
+        assert x is not None
+        assert gamma is not None
+        return [x, gamma][: len(node.outputs)]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         dy, x, gamma = inputs
         y, inverse = centred(x, node.attributes["epsilon"])
         g = dy * gamma
         dx = inverse * (g - g.mean(axis=-1, keepdims=True) - y * (g * y).mean(axis=-1, keepdims=True))
-        return [dx.astype(x.dtype)]
+        dgamma = (dy * y).reshape(-1, x.shape[-1]).sum(axis=0)
+        return [dx.astype(x.dtype), dgamma.astype(x.dtype)][: len(node.outputs)]
 
     def bind(self, node: Node, binder: Binder) -> bool:
         dy, x, dx = binder.rows(node.inputs[0]), binder.rows(node.inputs[1]), binder.output(node.outputs[0])
+        dgamma = binder.output(node.outputs[1]) if len(node.outputs) > 1 else None
         shape = as_rows(x.shape)
         gamma, epsilon = binder.array(node.inputs[2]), node.attributes["epsilon"]
-        binder.step(_core.layer_norm_grad, dy.reshape(*shape), x.reshape(*shape), gamma, epsilon, dx.reshape(*shape), None, None)
-        return True
-
-
-class LayerNormalizationScaleGrad(Op):
-    """The gradient of LayerNormalization in its scale."""
-
-    name = "LayerNormalizationScaleGrad"
-    domain = GRAD
-    arity = (2, 2)
-    attributes = {"epsilon": float}
-
-    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        assert types[1] is not None
-        return [TensorType(types[1].dtype, types[1].shape[-1:])]
-
-    def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        dy, x = inputs
-        y, _ = centred(x, node.attributes["epsilon"])
-        return [(dy * y).reshape(-1, x.shape[-1]).sum(axis=0).astype(x.dtype)]
-
-    def bind(self, node: Node, binder: Binder) -> bool:
-        dy, x = binder.rows(node.inputs[0]), binder.rows(node.inputs[1])
-        shape = as_rows(x.shape)
-        args = (dy.reshape(*shape), x.reshape(*shape), None, node.attributes["epsilon"])
-        binder.step(_core.layer_norm_grad, *args, None, binder.output(node.outputs[0]), None)
+        binder.step(
+            _core.layer_norm_grad, dy.reshape(*shape), x.reshape(*shape), gamma, epsilon, dx.reshape(*shape), dgamma, None
+        )
         return True
 
 

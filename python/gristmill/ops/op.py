@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from gristmill import _core
 from gristmill.errors import ModelError
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
@@ -69,6 +68,9 @@ class Tape(Protocol):
     def emit(self, op: str, inputs: Sequence[str], attributes: Mapping[str, Any] | None = None, domain: str = GRAD) -> str:
         """Append a node with one output and return the output's name."""
 
+    def emit_all(self, op: str, inputs: Sequence[str], attributes: Mapping[str, Any], outputs: int) -> tuple[str, ...]:
+        """Append a gradient node with several outputs and return their names."""
+
     def wants(self, name: str) -> bool:
         """Whether the gradient of this value is needed."""
 
@@ -104,7 +106,8 @@ class Binder(Protocol):
     def tensor(self, name: str) -> Tensor: ...
     def trains(self, name: str) -> bool: ...
     def array(self, name: str) -> Array | Buffer | None: ...
-    def weight(self, name: str) -> _core.Weight: ...
+    def scale(self, name: str) -> Array | Buffer: ...
+    def weight(self, name: str) -> Any: ...
     def packed(self, name: str, pack: Callable[..., Any]) -> Any: ...
     def step(self, kernel: Callable[..., None], *args: Any) -> None: ...
 

@@ -17,7 +17,7 @@ from gristmill.model import Model
 from gristmill.ops import Node, TensorType, find
 from gristmill.ops.op import as_rows
 from gristmill.runtime.arena import FOREVER, Buffer, Memory, place
-from gristmill.tensor import Sparse, Tensor
+from gristmill.tensor import Quantized, Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
 
 
@@ -27,6 +27,17 @@ class Packed:
 
     name: str
     pack: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """A weight that kernels read where it is. `trained` stands in for its values, or for the scales of int8 codes."""
+
+    tensor: Tensor
+    trained: "Array | Buffer | None"
+
+    def view(self, arena: Array) -> _core.Weight:
+        return weight_view(self.tensor, self.trained.view(arena) if isinstance(self.trained, Buffer) else self.trained)
 
 
 class Weights:
@@ -48,7 +59,7 @@ class Weights:
 
 
 def weight_view(tensor: Tensor, trained: Array | None = None) -> _core.Weight:
-    """Return the kernel's view of a matrix, its trainable part replaced by memory that somebody else updates."""
+    """Return the kernel's view of a matrix, its values or its scales replaced by memory that somebody else updates."""
     shape = (tensor.shape[0], tensor.shape[1])
     if tensor.kind == "dense":
         return _core.Weight((tensor.trainable if trained is None else trained).reshape(shape), shape)
@@ -71,7 +82,8 @@ class Step:
     outputs: tuple[Buffer, ...] = ()
 
     def buffers(self) -> list[Buffer]:
-        return [arg for arg in (*self.args, *self.outputs) if isinstance(arg, Buffer)]
+        within = (arg.trained if isinstance(arg, InPlace) else arg for arg in (*self.args, *self.outputs))
+        return [arg for arg in within if isinstance(arg, Buffer)]
 
 
 class Layout:
@@ -90,6 +102,7 @@ class Layout:
         self.model, self.types, self.threads = model, types, threads
         self.trainable, self.bound, self.in_place = trainable, outputs, in_place
         self.steps: list[Step] = []
+        self.scales: dict[str, Buffer] = {}
         self.panels: dict[tuple[str, str], tuple[Buffer, Buffer]] = {}
         self.inputs = {name: self._fresh(name, "rows") for name in model.inputs}
         self.forms: dict[str, dict[str, Buffer]] = {name: {"rows": buffer} for name, buffer in self.inputs.items()}
@@ -158,8 +171,21 @@ class Layout:
             return self.trainable[name]
         return self.rows(name) if name in self.forms else self.model.tensors[name].dense()
 
-    def weight(self, name: str) -> _core.Weight:
-        return weight_view(self.model.tensors[name], self.trainable.get(name))
+    def scale(self, name: str) -> Array | Buffer:
+        """The scales of an int8 weight: where their gains train, the product of both, made anew at every run."""
+        tensor = self.model.tensors[name]
+        assert isinstance(tensor, (Quantized, Sparse))
+        assert tensor.scale is not None
+        if name not in self.trainable:
+            return tensor.scale
+        if name not in self.scales:
+            self.scales[name] = Buffer(tensor.scale.shape, np.float32)
+            self.step(_core.multiply, self.trainable[name], tensor.scale, self.scales[name])
+        return self.scales[name]
+
+    def weight(self, name: str) -> InPlace:
+        tensor = self.model.tensors[name]
+        return InPlace(tensor, self.scale(name) if is_int8(tensor) else self.trainable.get(name))
 
     def packed(self, name: str, pack: Callable[..., Any]) -> Packed:
         return Packed(name, pack)
@@ -180,7 +206,7 @@ class Layout:
 
     def _constant(self, name: str) -> Buffer:
         trained = self.trainable.get(name)
-        array = np.ascontiguousarray(self.model.tensors[name].dense()) if trained is None else trained
+        array = np.asarray(self.model.tensors[name].dense(), order="C") if trained is None else trained
         return Buffer(array.shape, array.dtype, array)
 
     def _refer(self, node: Node) -> None:
@@ -230,7 +256,7 @@ class Plan:
         self._arena = arena  # programs hold addresses in it
 
     def _bind(self, step: Step, arena: Array, weights: Weights, threads: int) -> None:
-        args = [arg.view(arena) if isinstance(arg, Buffer) else arg for arg in step.args]
+        args = [arg.view(arena) if isinstance(arg, (Buffer, InPlace)) else arg for arg in step.args]
         args = [weights.make(arg, threads) if isinstance(arg, Packed) else arg for arg in args]
         if step.kernel is None:
             self.segments.append(_reference(step.node, args, [out.view(arena) for out in step.outputs]))

@@ -16,7 +16,7 @@ from gristmill.runtime.arena import Memory
 from gristmill.runtime.fuse import fuse
 from gristmill.runtime.plan import Layout, Plan, Weights, concrete_types
 from gristmill.runtime.threads import check_threads
-from gristmill.tensor import Quantized, Tensor
+from gristmill.tensor import Quantized, Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
 
 PLANS = 16  # kept per session; the least recently used goes first
@@ -64,11 +64,11 @@ class Session:
             raise ModelError(f"unknown precision {precision!r}; choose one of {PRECISIONS}")
         self.model = model
         self.threads = check_threads(threads)
-        self.reference = reference or not hasattr(_core, "linear")  # until the kernels land
+        self.reference = reference
         self.trainable = dict(trainable or {})
         for name, array in self.trainable.items():
             _check_trainable(model, name, array)
-        compiled = fuse(_quantized(model, self.trainable) if precision == "int8" else model)
+        compiled = _reblocked(fuse(_quantized(model, self.trainable) if precision == "int8" else model))
         self.memory = memory or Memory()
         self.in_place = in_place
         self.weights = Weights(compiled, self.memory)
@@ -131,7 +131,7 @@ class Session:
         for name, kind in self.model.inputs.items():
             shape = shapes.get(name, tuple(1 if isinstance(dim, str) else dim for dim in kind.shape))
             given[name] = TensorType(kind.dtype, tuple(shape))
-        return [_explain(step, self.weights.model) for step in self.layout(given).steps]
+        return [_explain(step, self.model) for step in self.layout(given).steps]
 
     def _plan(self, given: Mapping[str, TensorType], bound: Mapping[str, Array]) -> Plan:
         key = (
@@ -205,6 +205,13 @@ def _quantized(model: Model, trainable: Mapping[str, Array]) -> Model:
         if tensor.kind == "dense" and name not in trainable:
             tensors[name] = Quantized.from_dense(tensor.dense())
     return model.replace(tensors=tensors)
+
+
+def _reblocked(model: Model) -> Model:
+    """Fill unstructured int8 weights up to the 1 x 4 blocks that the int8 kernel reads."""
+    tensors = {name: model.tensors[name] for name in model.weights}
+    scattered = {n: t for n, t in tensors.items() if isinstance(t, Sparse) and is_int8(t) and t.block == (1, 1)}
+    return model.replace(tensors={name: t.reblocked(4) for name, t in scattered.items() if t.shape[1] % 4 == 0})
 
 
 def _explain(step: Any, model: Model) -> dict[str, Any]:

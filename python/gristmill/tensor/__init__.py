@@ -11,7 +11,12 @@ Tensor = Dense | Quantized | Sparse
 
 KINDS: dict[str, type[Dense] | type[Quantized] | type[Sparse]] = {kind.kind: kind for kind in (Dense, Quantized, Sparse)}
 
-__all__ = ["KINDS", "Dense", "Quantized", "Sparse", "Tensor", "from_parts"]
+__all__ = ["KINDS", "Dense", "Quantized", "Sparse", "Tensor", "from_parts", "is_int8"]
+
+
+def is_int8(tensor: Tensor) -> bool:
+    """Whether a tensor holds int8 codes and scales."""
+    return isinstance(tensor, Quantized) or (isinstance(tensor, Sparse) and tensor.scale is not None)
 
 
 def from_parts(spec: dict[str, Any], parts: dict[str, Any]) -> Tensor:

@@ -12,7 +12,7 @@ Array = np.ndarray[Any, Any]
 
 def frozen(array: Array) -> Array:
     """Return a C-contiguous read-only view or copy of an array; the caller's own array stays writable."""
-    view = np.ascontiguousarray(array).view()
+    view = np.asarray(array, order="C").view()  # ascontiguousarray would make a scalar a vector
     view.flags.writeable = False
     return view
 
@@ -43,6 +43,19 @@ def matrix_shape(spec: Mapping[str, Any]) -> tuple[int, int]:
     if not (isinstance(shape, (list, tuple)) and len(shape) == 2 and all(type(d) is int and 0 < d < 2**31 for d in shape)):
         raise FormatError(f"shape {shape!r} is not two positive integers")
     return int(shape[0]), int(shape[1])
+
+
+def with_gain(codes: Array, scale: Array, gain: Array, rows_of_codes: Array) -> tuple[Array, Array]:
+    """Return (codes, scale) of an int8 tensor whose rows are multiplied by `gain`; the scale stays positive, signs go to the codes.
+
+    Args:
+        codes: int8, any shape whose first dimensions `rows_of_codes` broadcasts over.
+        scale: float32 [n].
+        gain: float32 [n].
+        rows_of_codes: the row index of each code, broadcastable to `codes`.
+    """
+    signs = np.sign(gain).astype(np.int8)
+    return codes * signs[rows_of_codes], np.maximum(scale * np.abs(gain), np.finfo(np.float32).tiny)
 
 
 def check_scale(scale: Array, what: str) -> Array:

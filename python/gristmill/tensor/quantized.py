@@ -8,7 +8,7 @@ import numpy as np
 
 from gristmill import _core
 from gristmill.errors import FormatError, ModelError
-from gristmill.tensor.parts import Array, check_scale, frozen, matrix_shape, take
+from gristmill.tensor.parts import Array, check_scale, frozen, matrix_shape, take, with_gain
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +58,11 @@ class Quantized:
 
     @property
     def trainable(self) -> Array:
-        """Scales train; codes are fixed."""
-        return self.scale
+        """A gain on each channel's scale, 1 at first: relative, so that one learning rate suits scales of any size."""
+        return np.ones(self.shape[0], np.float32)
 
     def with_trainable(self, values: Array) -> "Quantized":
-        return Quantized(self.codes, np.array(values, np.float32))
+        return Quantized(*with_gain(self.codes, self.scale, values, np.arange(self.shape[0])[:, None]))
 
     def parts(self) -> dict[str, Array]:
         return {"": self.codes, "_scale": self.scale[:, None]}

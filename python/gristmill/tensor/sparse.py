@@ -8,7 +8,7 @@ import numpy as np
 
 from gristmill import _core
 from gristmill.errors import FormatError, ModelError
-from gristmill.tensor.parts import Array, check_scale, frozen, matrix_shape, take
+from gristmill.tensor.parts import Array, check_scale, frozen, matrix_shape, take, with_gain
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +58,7 @@ class Sparse:
         """The stored blocks in float32, scales applied."""
         if self.scale is None:
             return self.values
-        rows_of_block = np.repeat(np.arange(len(self.row_offsets) - 1), np.diff(self.row_offsets))
-        scale = self.scale.reshape(-1, self.block[0])[rows_of_block]
-        return self.values.astype(np.float32) * scale[:, :, None]
+        return self.values.astype(np.float32) * self.scale[self.rows_of_values]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,14 +87,32 @@ class Sparse:
 
     @property
     def trainable(self) -> Array:
-        """Stored values train in float32, scales in int8; the positions are fixed."""
-        return self.values if self.scale is None else self.scale
+        """Stored values in float32, a gain on each row's scale in int8; the positions are fixed."""
+        return self.values if self.scale is None else np.ones(self.shape[0], np.float32)
 
     def with_trainable(self, values: Array) -> "Sparse":
-        new = np.array(values, np.float32)
         if self.scale is None:
-            return Sparse(self.matrix_shape, new.reshape(self.values.shape), self.row_offsets, self.index)
-        return Sparse(self.matrix_shape, self.values, self.row_offsets, self.index, new)
+            new = np.array(values, np.float32).reshape(self.values.shape)
+            return Sparse(self.matrix_shape, new, self.row_offsets, self.index)
+        codes, scale = with_gain(self.values, self.scale, values, self.rows_of_values)
+        return Sparse(self.matrix_shape, codes, self.row_offsets, self.index, scale)
+
+    @property
+    def rows_of_values(self) -> Array:
+        """The row that each stored value lies in, as [blocks, r, 1]."""
+        groups = np.repeat(np.arange(len(self.row_offsets) - 1), np.diff(self.row_offsets))
+        return (groups[:, None] * self.block[0] + np.arange(self.block[0]))[:, :, None]
+
+    def reblocked(self, columns: int) -> "Sparse":
+        """Return the same matrix in blocks of 1 x `columns`, zeros filled in; of a tensor in blocks of 1 x 1."""
+        rows = np.repeat(np.arange(self.shape[0]), np.diff(self.row_offsets))
+        blocks, place = np.unique(rows * (self.shape[1] // columns) + self.index // columns, return_inverse=True)
+        values = np.zeros((len(blocks), 1, columns), self.values.dtype)
+        values[place, 0, self.index % columns] = self.values[:, 0, 0]
+        row_offsets = np.zeros(self.shape[0] + 1, np.int32)
+        np.cumsum(np.bincount(blocks // (self.shape[1] // columns), minlength=self.shape[0]), out=row_offsets[1:])
+        index = (blocks % (self.shape[1] // columns)).astype(np.int32)
+        return Sparse(self.matrix_shape, values, row_offsets, index, self.scale)
 
     def parts(self) -> dict[str, Array]:
         parts = {"_values": self.values}

@@ -19,11 +19,13 @@ enum { MR = 6, NR = 16, KC = 256, LANES = 8, WIDEST = 8 };
 FC_INLINE void tile(const int rows, const int vectors, int64_t depth, const float *a, const float *b, int64_t b_step,
                     int64_t b_panel, float *c, int64_t c_stride, int accumulate) {
     __m256 sum[MR][WIDEST];
+    /* Opaque, or the compiler carries a pointer for each row from tile to tile, on the stack. */
+    __asm__("" : "+r"(c));
+    float *row = c;
 #pragma GCC unroll 6
-    for (int i = 0; i < rows; i++)
+    for (int i = 0; i < rows; i++, row += c_stride)
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; v++)
-            sum[i][v] = accumulate ? _mm256_loadu_ps(c + i * c_stride + v * LANES) : _mm256_setzero_ps();
+        for (int v = 0; v < vectors; v++) sum[i][v] = accumulate ? _mm256_loadu_ps(row + v * LANES) : _mm256_setzero_ps();
     for (int64_t d = 0; d < depth; d++, a += rows, b += b_step) {
         __m256 column[WIDEST];
 #pragma GCC unroll 8
@@ -35,10 +37,11 @@ FC_INLINE void tile(const int rows, const int vectors, int64_t depth, const floa
             for (int v = 0; v < vectors; v++) sum[i][v] = _mm256_fmadd_ps(factor, column[v], sum[i][v]);
         }
     }
+    row = c;
 #pragma GCC unroll 6
-    for (int i = 0; i < rows; i++)
+    for (int i = 0; i < rows; i++, row += c_stride)
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; v++) _mm256_storeu_ps(c + i * c_stride + v * LANES, sum[i][v]);
+        for (int v = 0; v < vectors; v++) _mm256_storeu_ps(row + v * LANES, sum[i][v]);
 }
 
 FC_INLINE void copy_tile(const float *from, int64_t from_stride, float *to, int64_t to_stride, int64_t rows, int64_t cols) {

@@ -3,7 +3,7 @@
  * A is packed [depth][rows], so that a step reads its 12 factors from one or two cache lines by broadcast; B is [depth][32], in
  * its panel or in place. Bound by the FMA port: per step 24 vfmadd231ps against 2 vector loads and 12 broadcasts. Few rows give
  * shorter tiles, never wasted work; one row takes two panels at a time, for four chains in flight, and is bound by memory.
- * Packing rows transposes 16 x 16 in registers and is bound by the shuffle port: 64 shuffles for 256 elements.
+ * Packing rows transposes 8 x 4 at a time in 256-bit registers, half of it by the loads; it is bound by the stores.
  * Goto & van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008.
  */
 #include "../fastcore.h"
@@ -20,12 +20,15 @@ FC_INLINE __mmask16 first_lanes(int64_t n) { return n >= LANES ? 0xffff : n <= 0
 FC_INLINE void tile(const int rows, const int vectors, int64_t depth, const float *a, const float *b, int64_t b_step,
                     int64_t b_panel, float *c, int64_t c_stride, __mmask16 last, int accumulate) {
     __m512 sum[MR][PAIR];
+    /* Opaque, or the compiler carries twelve row pointers from tile to tile, on the stack. */
+    __asm__("" : "+r"(c));
+    float *row = c;
 #pragma GCC unroll 12
-    for (int i = 0; i < rows; i++)
+    for (int i = 0; i < rows; i++, row += c_stride)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
             const __mmask16 lanes = v + 1 == vectors ? last : 0xffff;
-            sum[i][v] = accumulate ? _mm512_maskz_loadu_ps(lanes, c + i * c_stride + v * LANES) : _mm512_setzero_ps();
+            sum[i][v] = accumulate ? _mm512_maskz_loadu_ps(lanes, row + v * LANES) : _mm512_setzero_ps();
         }
     for (int64_t d = 0; d < depth; d++, a += rows, b += b_step) {
         __m512 column[PAIR];
@@ -38,16 +41,15 @@ FC_INLINE void tile(const int rows, const int vectors, int64_t depth, const floa
             for (int v = 0; v < vectors; v++) sum[i][v] = _mm512_fmadd_ps(factor, column[v], sum[i][v]);
         }
     }
+    row = c;
 #pragma GCC unroll 12
-    for (int i = 0; i < rows; i++)
+    for (int i = 0; i < rows; i++, row += c_stride)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) {
-            float *to = c + i * c_stride + v * LANES;
+        for (int v = 0; v < vectors; v++)
             if (v + 1 < vectors || last == 0xffff)
-                _mm512_storeu_ps(to, sum[i][v]);
+                _mm512_storeu_ps(row + v * LANES, sum[i][v]);
             else
-                _mm512_mask_storeu_ps(to, last, sum[i][v]);
-        }
+                _mm512_mask_storeu_ps(row + v * LANES, last, sum[i][v]);
 }
 
 FC_INLINE void panels(const int rows, int64_t cols, int64_t depth, const float *a, const float *b, int64_t b_step,
@@ -83,58 +85,65 @@ static void gemm_f32_avx512(int64_t rows, int64_t cols, int64_t depth, const flo
     }
 }
 
-/* Interleave by 1, 2, 4 and 8 elements: four stages of 16 shuffles. */
-FC_INLINE void transpose16(__m512 x[16]) {
-    __m512 t[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
-        t[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
-    }
+/* Transpose four depths of eight rows, x[d] = depth d of all rows; rows from `rows` on repeat row 0. */
+FC_INLINE void transpose8x4(const float *in, int64_t stride, int64_t rows, __m256 x[4]) {
+    __m256 pair[4], t[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
-        x[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
-        x[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
-        x[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3])));
-        x[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3])));
+    for (int r = 0; r < 4; r++)
+        pair[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(in + (r < rows ? r * stride : 0))),
+                                       _mm_loadu_ps(in + (r + 4 < rows ? (r + 4) * stride : 0)), 1);
+#pragma GCC unroll 2
+    for (int r = 0; r < 4; r += 2) {
+        t[r] = _mm256_unpacklo_ps(pair[r], pair[r + 1]);
+        t[r + 1] = _mm256_unpackhi_ps(pair[r], pair[r + 1]);
     }
-    /* Now x[4 q + c] holds columns c, c + 4, c + 8, c + 12 of rows 4 q ... 4 q + 3, one per 128-bit lane. */
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; c++) {
-        t[c] = _mm512_shuffle_f32x4(x[c], x[4 + c], 0x88);
-        t[4 + c] = _mm512_shuffle_f32x4(x[c], x[4 + c], 0xdd);
-        t[8 + c] = _mm512_shuffle_f32x4(x[8 + c], x[12 + c], 0x88);
-        t[12 + c] = _mm512_shuffle_f32x4(x[8 + c], x[12 + c], 0xdd);
-    }
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; c++) {
-        x[c] = _mm512_shuffle_f32x4(t[c], t[8 + c], 0x88);
-        x[8 + c] = _mm512_shuffle_f32x4(t[c], t[8 + c], 0xdd);
-        x[4 + c] = _mm512_shuffle_f32x4(t[4 + c], t[12 + c], 0x88);
-        x[12 + c] = _mm512_shuffle_f32x4(t[4 + c], t[12 + c], 0xdd);
+    x[0] = _mm256_shuffle_ps(t[0], t[2], 0x44);
+    x[1] = _mm256_shuffle_ps(t[0], t[2], 0xee);
+    x[2] = _mm256_shuffle_ps(t[1], t[3], 0x44);
+    x[3] = _mm256_shuffle_ps(t[1], t[3], 0xee);
+}
+
+/* Eight whole rows by a multiple of four depths. */
+FC_INLINE void pack_strip(const float *in, int64_t stride, int64_t depth, float *out, int64_t width) {
+    for (int64_t d = 0; d < depth; d += 4, out += 4 * width) {
+        __m256 x[4];
+        transpose8x4(in + d, stride, 8, x);
+        _mm256_storeu_ps(out, x[0]);
+        _mm256_storeu_ps(out + width, x[1]);
+        _mm256_storeu_ps(out + 2 * width, x[2]);
+        _mm256_storeu_ps(out + 3 * width, x[3]);
     }
 }
 
-/* 16 x 16 or less of pack_rows; inlined once with constants for the whole case. */
-FC_INLINE void pack_square(const float *in, int64_t stride, int64_t rows, int64_t depth, float *out, int64_t width,
-                           __mmask16 lanes) {
-    const __mmask16 present = first_lanes(depth);
-    __m512 x[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) x[i] = i < rows ? _mm512_maskz_loadu_ps(present, in + i * stride) : _mm512_setzero_ps();
-    transpose16(x);
-#pragma GCC unroll 16
-    for (int d = 0; d < 16; d++)
-        if (d < depth) _mm512_mask_storeu_ps(out + d * width, lanes, x[d]);
+/* Any rows up to eight by at least four depths; the last four may overlap the ones before. */
+FC_INLINE void pack_edge(const float *in, int64_t stride, int64_t rows, int64_t depth, float *out, int64_t width, int64_t lanes) {
+    const __mmask8 present = (__mmask8)first_lanes(rows), stored = (__mmask8)first_lanes(lanes);
+    for (int64_t d = 0; d < depth; d += 4) {
+        __m256 x[4];
+        if (d + 4 > depth) d = depth - 4;
+        transpose8x4(in + d, stride, rows, x);
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++) _mm256_mask_storeu_ps(out + (d + r) * width, stored, _mm256_maskz_mov_ps(present, x[r]));
+    }
 }
 
 static void pack_rows_f32_avx512(const float *in, int64_t stride, int64_t rows, int64_t depth, float *out, int64_t width) {
-    for (int64_t i = 0; i < width; i += LANES, in += LANES * stride, out += LANES) {
-        const __mmask16 lanes = first_lanes(width - i);
-        int64_t d = 0;
-        if (rows - i >= LANES)
-            for (; d + LANES <= depth; d += LANES) pack_square(in + d, stride, LANES, LANES, out + d * width, width, 0xffff);
-        for (; d < depth; d += LANES) pack_square(in + d, stride, rows - i, depth - d, out + d * width, width, lanes);
+    enum { REACH = 64 }; /* depths that one strip of eight rows runs ahead of the next: whole cache lines in, 8 KiB out */
+    if (depth < 4) {
+        for (int64_t d = 0; d < depth; d++)
+            for (int64_t i = 0; i < width; i++) out[d * width + i] = i < rows ? in[i * stride + d] : 0.0f;
+        return;
+    }
+    for (int64_t d = 0; d < depth; d += REACH) {
+        const int64_t depths = depth - d < REACH ? depth - d : REACH, from = depths < 4 ? depth - 4 : d;
+        for (int64_t i = 0; i < width; i += 8) {
+            const float *strip = in + from + (i < rows ? i * stride : 0);
+            float *to = out + from * width + i;
+            if (rows - i >= 8 && depths % 4 == 0)
+                pack_strip(strip, stride, depths, to, width);
+            else
+                pack_edge(strip, stride, rows - i, d + depths - from, to, width, width - i);
+        }
     }
 }
 

@@ -63,6 +63,11 @@ def pack_dense(Weight weight not None, int threads=1):
     return packed
 
 
+def dense_packed_nbytes(Weight weight not None):
+    """Return the bytes of the PackedDense of a weight."""
+    return fc_dense_packed_size(weight.view.n, weight.view.k) * sizeof(float)
+
+
 def linear_scratch(int64_t m, int64_t n, int64_t k, int threads):
     """Return the bytes of scratch that any of the three dense products of these sizes needs on `threads` threads."""
     if min(m, n, k) < 0 or threads < 1:

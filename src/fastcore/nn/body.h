@@ -3,7 +3,7 @@
  * Every <isa>.c includes this inside its target region, after load_part and store_part. Elementwise loops are left to the
  * loop vectoriser. Reductions work on local arrays of 16 floats, which become one to four registers: with 16 lanes on every
  * ISA, folded in one tree, the results are equal bit for bit. Long rows are bound by memory, short ones by the latency of the
- * folds; exp costs some 13 cycles per 16 on a core with two 256-bit FMA pipes.
+ * folds; exp costs some 14 cycles per 16 on a core with two 256-bit FMA pipes.
  */
 #ifndef FC_NN_BODY_H
 #define FC_NN_BODY_H

@@ -79,7 +79,7 @@ cdef int add_elementwise(
     return program.add(run, &e, sizeof(e), (a[0], b[0], out[0]))
 
 
-def activate(Program program, str kind, x, out):
+def activate(Program program, str kind, x not None, out not None):
     """Append out = activation(x), elementwise; out may be x."""
     add_elementwise(program, fc_nn_activate, kind, 0, (x, "x"), (None, ""), (out, "out"))
 

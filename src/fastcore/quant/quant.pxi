@@ -36,6 +36,7 @@ cdef extern from "quant/quant.h" nogil:
         fc_activation activation
     int64_t fc_codes_nbytes(int64_t m, int64_t k, fc_panel_layout layout)
     fc_status fc_row_offsets_validate(const int32_t *row_offsets, int64_t groups, int64_t blocks)
+    int64_t fc_packed_int8_nbytes(int64_t n, int64_t k)
     fc_status fc_packed_int8_init(fc_packed_int8 *packed, int64_t n, int64_t k)
     void fc_packed_int8_free(fc_packed_int8 *packed)
     void fc_quantize_weight(const void *args, int rank, int size) noexcept
@@ -150,6 +151,11 @@ def pack_int8(Weight weight not None, int threads=1):
     args.packed = &result.packed
     run_now(fc_pack_int8, &args, threads)
     return result
+
+
+def int8_packed_nbytes(Weight weight not None):
+    """Return the bytes of the PackedInt8 of a weight."""
+    return fc_packed_int8_nbytes(weight.view.n, weight.view.k)
 
 
 def linear_int8(

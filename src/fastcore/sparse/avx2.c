@@ -2,12 +2,14 @@
  *
  * Products: a tile is cut into slices of at most eight registers of sums. fp32: broadcast and FMA, bound by the load ports. int8:
  * codes become signed, vpsignb moves the signs of the weights onto them, vpmaddubsw multiplies by the weights' magnitudes (two
- * products of at most 127 * 128 cannot saturate 16 bits), vpmaddwd by ones widens; three instructions per 32 multiplications bind.
+ * products of at most 127 * 128 cannot saturate 16 bits), vpmaddwd by ones widens; three instructions per 32 multiplications
+ * bind.
  */
 #include "body.h"
 
 #ifdef FC_X86
 FC_TARGET_AVX2
+#include "narrow.h"
 
 FC_INLINE uint32_t magnitude(float x) {
     uint32_t bits;
@@ -124,6 +126,7 @@ FC_INLINE void add_slice_f32(const fc_blocks_tile *t, int64_t offset, int R, int
 FC_INLINE void add_blocks_f32(const fc_blocks_tile *t, int R, int C) {
     const int64_t widest = 64 / R;
     int64_t offset = 0;
+    if (t->width == 4) add_narrow_tile(t, R, C);
     for (; offset + widest <= t->width; offset += widest) add_slice_f32(t, offset, R, C, 8 / R);
     if (R == 1 && offset + 32 <= t->width) add_slice_f32(t, offset, R, C, 4), offset += 32;
     if (R <= 2 && offset + 16 <= t->width) add_slice_f32(t, offset, R, C, 2);
@@ -170,16 +173,42 @@ FC_INLINE void add_slice_u8_s8(const fc_blocks_tile *t, int64_t offset, int R, i
         int32_t *sums = (int32_t *)t->sum + g * R * t->width + offset;
 #pragma GCC unroll 8
         for (int i = 0; i < R * V; i++)
-            sum[i] = t->first ? _mm256_setzero_si256() : _mm256_load_si256((const __m256i *)(sums + i / V * t->width + i % V * 8));
+            sum[i] =
+                t->first ? _mm256_setzero_si256() : _mm256_load_si256((const __m256i *)(sums + i / V * t->width + i % V * 8));
         for (int64_t b = t->begin[g]; b < t->end[g]; b++) add_block_u8_s8(t, b, offset, R, V, sum);
 #pragma GCC unroll 8
         for (int i = 0; i < R * V; i++) _mm256_store_si256((__m256i *)(sums + i / V * t->width + i % V * 8), sum[i]);
     }
 }
 
+/* At most four columns: one 128-bit register per row. */
+FC_INLINE void add_narrow_tile_u8_s8(const fc_blocks_tile *t, int R) {
+    for (int64_t g = 0; g < t->groups; g++) {
+        __m128i sum[4];
+        int32_t *sums = (int32_t *)t->sum + g * R * 4;
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) sum[r] = t->first ? _mm_setzero_si128() : _mm_load_si128((const __m128i *)(sums + r * 4));
+        for (int64_t b = t->begin[g]; b < t->end[g]; b++) {
+            const __m128i x = _mm_load_si128((const __m128i *)t->panel + (t->index[b] - t->base));
+            const __m128i q = _mm_xor_si128(x, _mm_set1_epi8(-128));
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                int32_t four;
+                memcpy(&four, (const int8_t *)t->values + (b * R + r) * 4, sizeof four);
+                const __m128i weights = _mm_set1_epi32(four);
+                const __m128i pairs = _mm_maddubs_epi16(_mm_abs_epi8(weights), _mm_sign_epi8(q, weights));
+                sum[r] = _mm_add_epi32(sum[r], _mm_madd_epi16(pairs, _mm_set1_epi16(1)));
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) _mm_store_si128((__m128i *)(sums + r * 4), sum[r]);
+    }
+}
+
 FC_INLINE void add_blocks_u8_s8(const fc_blocks_tile *t, int R) {
     const int64_t widest = 64 / R;
     int64_t offset = 0;
+    if (t->width == 4) add_narrow_tile_u8_s8(t, R);
     for (; offset + widest <= t->width; offset += widest) add_slice_u8_s8(t, offset, R, 8 / R);
     if (R == 1 && offset + 32 <= t->width) add_slice_u8_s8(t, offset, R, 4), offset += 32;
     if (R <= 2 && offset + 16 <= t->width) add_slice_u8_s8(t, offset, R, 2);

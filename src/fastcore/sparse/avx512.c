@@ -11,6 +11,7 @@
 
 #ifdef FC_X86
 FC_TARGET_AVX512
+#include "narrow.h"
 
 enum { PIECE = 1024 };
 
@@ -78,7 +79,8 @@ static int64_t mask_magnitudes_f32_avx512(const float *x, int64_t n, uint32_t th
     return drop;
 }
 
-static void sum_block_squares_f32_avx512(const float *weight, int64_t columns, int64_t block_rows, int64_t block_cols, float *out) {
+static void sum_block_squares_f32_avx512(const float *weight, int64_t columns, int64_t block_rows, int64_t block_cols,
+                                         float *out) {
     sum_block_squares(weight, columns, block_rows, block_cols, out);
 }
 
@@ -124,6 +126,7 @@ FC_INLINE void add_tile(const fc_blocks_tile *t, int G, int R, int C, int V) {
 
 FC_INLINE void add_blocks(const fc_blocks_tile *t, int R, int C) {
     switch (t->width / 16) {
+    case 0: add_narrow_tile(t, R, C); break;
     case 1: add_tile(t, 4 / R, R, C, 1); break;
     case 2: add_tile(t, R == 1 ? 2 : 1, R, C, 2); break;
     case 3: add_tile(t, 1, R, C, 3); break;

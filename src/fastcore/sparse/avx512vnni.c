@@ -1,8 +1,8 @@
 /* AVX-512 VNNI: int8 products in blocks, lanes along M.
  *
  * A stored dword (four weights of consecutive K) is broadcast against up to four registers of 16 columns x 4 codes; one vpdpbusd
- * does 64 multiplications. Codes are q + 128, so every sum starts at -128 times the sum of its weights. 1x4 blocks cost five loads
- * per four vpdpbusd (the load port binds); 2x4 and 4x4 load the panel once for all their rows.
+ * does 64 multiplications. Codes are q + 128, so every sum starts at -128 times the sum of its weights. 1x4 blocks cost five
+ * loads per four vpdpbusd (the load port binds); 2x4 and 4x4 load the panel once for all their rows.
  */
 #include "body.h"
 
@@ -23,34 +23,65 @@ FC_INLINE void add_block(const fc_blocks_tile *t, int64_t b, int R, int V, __m51
     }
 }
 
-/* G row groups from group g on, side by side while all have blocks left. */
-FC_INLINE void add_groups(const fc_blocks_tile *t, int64_t g, int G, int R, int V) {
+/* U blocks of a row group at a time, each with sums of its own: enough independent chains to hide the latency. */
+FC_INLINE void add_group(const fc_blocks_tile *t, int64_t g, int U, int R, int V) {
     __m512i sum[16];
     int32_t *sums = (int32_t *)t->sum + g * R * V * 16;
-    int64_t common = INT64_MAX;
 #pragma GCC unroll 16
-    for (int i = 0; i < G * R * V; i++)
+    for (int i = 0; i < R * V; i++)
         sum[i] = t->first ? _mm512_set1_epi32(-128 * t->sums[g * R + i / V]) : _mm512_load_si512(sums + i * 16);
-#pragma GCC unroll 4
-    for (int i = 0; i < G; i++) common = t->end[g + i] - t->begin[g + i] < common ? t->end[g + i] - t->begin[g + i] : common;
-    for (int64_t b = 0; b < common; b++)
-#pragma GCC unroll 4
-        for (int i = 0; i < G; i++) add_block(t, t->begin[g + i] + b, R, V, sum + i * R * V);
-#pragma GCC unroll 4
-    for (int i = 0; i < G; i++)
-        for (int64_t b = t->begin[g + i] + common; b < t->end[g + i]; b++) add_block(t, b, R, V, sum + i * R * V);
 #pragma GCC unroll 16
-    for (int i = 0; i < G * R * V; i++) _mm512_store_si512(sums + i * 16, sum[i]);
+    for (int i = R * V; i < U * R * V; i++) sum[i] = _mm512_setzero_si512();
+    int64_t b = t->begin[g];
+    const int64_t end = t->end[g];
+    for (; b + U <= end; b += U)
+#pragma GCC unroll 4
+        for (int u = 0; u < U; u++) add_block(t, b + u, R, V, sum + u * R * V);
+    for (; b < end; b++) add_block(t, b, R, V, sum);
+#pragma GCC unroll 16
+    for (int i = R * V; i < U * R * V; i++) sum[i % (R * V)] = _mm512_add_epi32(sum[i % (R * V)], sum[i]);
+#pragma GCC unroll 16
+    for (int i = 0; i < R * V; i++) _mm512_store_si512(sums + i * 16, sum[i]);
 }
 
-FC_INLINE void add_tile(const fc_blocks_tile *t, int G, int R, int V) {
-    int64_t g = 0;
-    for (; g + G <= t->groups; g += G) add_groups(t, g, G, R, V);
-    for (; g < t->groups; g++) add_groups(t, g, 1, R, V);
+FC_INLINE void add_tile(const fc_blocks_tile *t, int U, int R, int V) {
+    for (int64_t g = 0; g < t->groups; g++) add_group(t, g, U, R, V);
+}
+
+FC_INLINE void add_narrow_block(const fc_blocks_tile *t, int64_t b, int R, __m128i *sum) {
+    const __m128i x = _mm_load_si128((const __m128i *)t->panel + (t->index[b] - t->base));
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+        int32_t four;
+        memcpy(&four, (const int8_t *)t->values + (b * R + r) * 4, sizeof four);
+        sum[r] = _mm_dpbusd_epi32(sum[r], x, _mm_set1_epi32(four));
+    }
+}
+
+/* At most four columns, in 128-bit registers: a wider load would take the load ports longer for nothing. */
+FC_INLINE void add_narrow_tile(const fc_blocks_tile *t, int R) {
+    const int U = 4 / R;
+    for (int64_t g = 0; g < t->groups; g++) {
+        __m128i sum[4], *sums = (__m128i *)t->sum + g * R;
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) sum[r] = t->first ? _mm_set1_epi32(-128 * t->sums[g * R + r]) : _mm_load_si128(sums + r);
+#pragma GCC unroll 4
+        for (int i = R; i < U * R; i++) sum[i] = _mm_setzero_si128();
+        int64_t b = t->begin[g];
+        for (; b + U <= t->end[g]; b += U)
+#pragma GCC unroll 4
+            for (int u = 0; u < U; u++) add_narrow_block(t, b + u, R, sum + u * R);
+        for (; b < t->end[g]; b++) add_narrow_block(t, b, R, sum);
+#pragma GCC unroll 4
+        for (int i = R; i < U * R; i++) sum[i % R] = _mm_add_epi32(sum[i % R], sum[i]);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) _mm_store_si128(sums + r, sum[r]);
+    }
 }
 
 FC_INLINE void add_blocks(const fc_blocks_tile *t, int R) {
     switch (t->width / 16) {
+    case 0: add_narrow_tile(t, R); break;
     case 1: add_tile(t, 4 / R, R, 1); break;
     case 2: add_tile(t, R == 1 ? 2 : 1, R, 2); break;
     case 3: add_tile(t, 1, R, 3); break;

@@ -1,8 +1,9 @@
 /* Block weights: checked, packed, expanded, and multiplied with activations whose rows lie side by side in vector lanes.
  *
- * A product walks tiles of 64 columns of M. The activations of one K block of a tile are copied into a contiguous panel that stays
- * in L1 (rows of x that are a power of two apart would share a few cache sets), then every weight row of a chunk adds what it has
- * in that K block to sums on the stack. Each sum is one chain in ascending K, so no partition, tile width or K block changes a bit.
+ * A product walks tiles of 64 columns of M. The activations of one K block of a tile are copied into a contiguous panel that
+ * stays in L1 (rows of x that are a power of two apart would share a few cache sets), then every weight row of a chunk adds what
+ * it has in that K block to sums on the stack. Each sum is one chain in ascending K, so no partition, tile width or K block
+ * changes a bit.
  */
 #include "../fastcore.h"
 #include "../parallel.h"
@@ -200,7 +201,7 @@ void fc_sparse_linear_run(const void *args, int rank, int size) {
             const int64_t count = s.last_column - m < FC_LANES ? s.last_column - m : FC_LANES;
             fc_blocks_tile tile = {
                 .panel = panel,
-                .width = (count + 15) / 16 * 16,
+                .width = count <= 4 ? 4 : (count + 15) / 16 * 16,
                 .values = w->values,
                 .index = w->index,
                 .sums = a->sums ? a->sums + g * w->block_rows : NULL,

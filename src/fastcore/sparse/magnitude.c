@@ -1,8 +1,8 @@
 /* Selection by magnitude: a histogram of the bits that zooms in on the k-th value, and the masks made from it.
  *
- * A sample brackets the answer first (Floyd & Rivest, 1975), so that in a large array the first pass counts nearly everything by a
- * comparison alone and its histogram already covers few magnitudes; a second pass resolves one bucket. If the bracket missed, the
- * passes start over from the whole range. Exact in every case: a sample only decides where to look.
+ * A sample brackets the answer first (Floyd & Rivest, 1975), so that in a large array the first pass counts nearly everything by
+ * a comparison alone and its histogram already covers few magnitudes; a second pass resolves one bucket. If the bracket missed,
+ * the passes start over from the whole range. Exact in every case: a sample only decides where to look.
  */
 #include <stdlib.h>
 
@@ -92,18 +92,20 @@ static fc_status select_within(const float *x, int64_t n, int64_t k, window w, i
     return status;
 }
 
-/* A window that holds rank k of x unless the sample is unlucky: six standard deviations to both sides. */
+/* A window that holds rank k of x unless the sample is unlucky: five standard deviations to both sides. */
 static fc_status bracket(const float *x, int64_t n, int64_t k, window *w) {
-    const int64_t wanted = n / 64 / SEGMENT, segments = wanted < MOST_SEGMENTS ? wanted : MOST_SEGMENTS, size = segments * SEGMENT;
+    const int64_t wanted = n / 64 / SEGMENT, segments = wanted < MOST_SEGMENTS ? wanted : MOST_SEGMENTS;
+    const int64_t size = segments * SEGMENT;
     float *sample = malloc((size_t)size * sizeof *sample);
     if (!sample) return FC_NO_MEMORY;
     const int64_t stride = n / segments;
     for (int64_t i = 0; i < segments; i++) memcpy(sample + i * SEGMENT, x + i * stride, SEGMENT * sizeof *sample);
-    const double share = (double)k / (double)n, margin = 6.0 * __builtin_sqrt((double)size * share * (1.0 - share)) + SEGMENT;
+    const double share = (double)k / (double)n, margin = 5.0 * __builtin_sqrt((double)size * share * (1.0 - share)) + SEGMENT;
     const double centre = share * (double)size;
     fc_selection low = {0, 0, 0}, high = {(1u << 31) - 1, 0, 0};
     fc_status status = FC_OK;
-    if (centre - margin >= 1.0) status = select_within(sample, size, (int64_t)(centre - margin), everything, FEW_BUCKETS, 1, &low);
+    if (centre - margin >= 1.0)
+        status = select_within(sample, size, (int64_t)(centre - margin), everything, FEW_BUCKETS, 1, &low);
     if (status == FC_OK && centre + margin <= (double)size)
         status = select_within(sample, size, (int64_t)(centre + margin), everything, FEW_BUCKETS, 1, &high);
     free(sample);
@@ -122,7 +124,8 @@ fc_status fc_select_magnitude(const float *x, int64_t n, int64_t k, int threads,
         const fc_status status = bracket(x, n, k, &w);
         if (status != FC_OK) return status;
     }
-    return select_within(x, n, k, w, n >= LARGE ? MANY_BUCKETS : FEW_BUCKETS, useful_threads(n, threads), found);
+    const int64_t most = w.width > FEW_BUCKETS * FEW_BUCKETS ? MANY_BUCKETS : FEW_BUCKETS;
+    return select_within(x, n, k, w, n >= LARGE ? most : FEW_BUCKETS, useful_threads(n, threads), found);
 }
 
 /* Parts, not ranks, own the ties, because two runs may have teams of different sizes. */

@@ -27,7 +27,8 @@ static int64_t mask_magnitudes_f32_scalar(const float *x, int64_t n, uint32_t th
     return drop;
 }
 
-static void sum_block_squares_f32_scalar(const float *weight, int64_t columns, int64_t block_rows, int64_t block_cols, float *out) {
+static void sum_block_squares_f32_scalar(const float *weight, int64_t columns, int64_t block_rows, int64_t block_cols,
+                                         float *out) {
     sum_block_squares(weight, columns, block_rows, block_cols, out);
 }
 

@@ -36,14 +36,15 @@ typedef int64_t fc_mask_magnitudes_f32_fn(const float *x, int64_t n, uint32_t th
 
 /* out[columns] = the sum of squares of each block of block_rows x block_cols in weight[block_rows][columns * block_cols].
  * Blocks of four columns pair them, (0 + 1) + (2 + 3); else columns and rows add up in order. No fused operations: exact. */
-typedef void fc_sum_block_squares_f32_fn(const float *weight, int64_t columns, int64_t block_rows, int64_t block_cols, float *out);
+typedef void fc_sum_block_squares_f32_fn(const float *weight, int64_t columns, int64_t block_rows, int64_t block_cols,
+                                         float *out);
 
 /* ---- products, lanes along M ---- */
 
 /* One tile of a product: `groups` row groups against one K block of `width` columns. */
 typedef struct fc_blocks_tile {
     const void *panel;          /* [panel rows][width] dwords, 64-byte aligned: floats, or four codes of consecutive K */
-    int64_t width;              /* 16, 32, 48 or 64 */
+    int64_t width;              /* 4, 16, 32, 48 or 64 */
     const void *values;         /* blocks of [block_rows][block_cols] */
     const int32_t *index;       /* by block; its first panel row is (index - base) * block_cols, or index - base for codes */
     const int32_t *begin, *end; /* [groups]: the blocks of a group that fall into the panel */
@@ -72,13 +73,14 @@ typedef struct fc_lanes_epilogue {
 
 /* out = activation(sum + bias) + residual. Exact. */
 typedef void fc_finish_lanes_f32_fn(const fc_lanes_epilogue *epilogue);
-/* out = activation((float)sum * (scales * weight_scale) + bias) + residual. Exact: multiplications and additions in this order. */
+/* out = activation((float)sum * (scales * weight_scale) + bias) + residual. Exact: multiplications and additions in this order.
+ */
 typedef void fc_finish_lanes_s32_fn(const fc_lanes_epilogue *epilogue);
 
-#define FC_SPARSE_SLOTS(SLOT)                                                                                                        \
-    SLOT(count_magnitudes_f32)                                                                                                       \
-    SLOT(mask_magnitudes_f32)                                                                                                        \
-    SLOT(sum_block_squares_f32)                                                                                                      \
+#define FC_SPARSE_SLOTS(SLOT)                                                                                                    \
+    SLOT(count_magnitudes_f32)                                                                                                   \
+    SLOT(mask_magnitudes_f32)                                                                                                    \
+    SLOT(sum_block_squares_f32)                                                                                                  \
     SLOT(multiply_blocks_f32) SLOT(multiply_blocks_u8_s8) SLOT(finish_lanes_f32) SLOT(finish_lanes_s32)
 #define FC_SPARSE_TUNING
 

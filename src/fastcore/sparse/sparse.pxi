@@ -173,6 +173,13 @@ cdef class PackedBlocks:
         self.nbytes = sum([memoryview(array).nbytes for array in arrays if array is not None])
 
 
+def blocks_packed_nbytes(Weight weight not None):
+    """Return the bytes that a PackedBlocks adds to a weight."""
+    groups = weight.view.n // weight.view.block_rows
+    sums = weight.view.n if weight.view.kind == FC_BLOCKS_S8 else 0
+    return 4 * ((fc_blocks_split_k(&weight.view).count + 1) * groups + sums)
+
+
 def pack_sparse(Weight weight not None, int threads=1):
     """Return a PackedBlocks of a weight in blocks."""
     return PackedBlocks(weight)

@@ -3,8 +3,8 @@
 from functools import partial
 
 import numpy as np
-from gristmill import _core
 
+from gristmill import _core
 from kernels.case import Case, Work
 
 LENGTHS = (0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 145)

@@ -7,8 +7,8 @@ import math
 from functools import partial
 
 import numpy as np
-from gristmill import _core
 
+from gristmill import _core
 from kernels.case import Arrays, Case, Size, Work
 from kernels.harness import Guarded
 
@@ -55,7 +55,7 @@ def draw(rng: np.random.Generator, size: Size, form: str) -> Arrays:
     return {
         **draw_weight(rng, form, n, k, size[3:5] if "blocks" in form else (1, 1)),
         "x": rng.standard_normal((m, k), dtype=np.float32),
-        "dy": rng.standard_normal((m, n), dtype=np.float32),
+        "dy": rng.standard_normal((m, n), dtype=np.float32) / 4,
         "bias": rng.standard_normal(n, dtype=np.float32) if bias else None,
         "residual": rng.standard_normal((m, n), dtype=np.float32) if residual else None,
         "activation": activation,
@@ -222,7 +222,13 @@ BLOCK_SIZES = tuple(
     for i, ((m, n, k), (r, c)) in enumerate(
         [
             *(((0, 3, 4), (1, 4)), ((4, 0, 4), (1, 4)), ((4, 3, 0), (1, 4)), ((1, 1, 1), (1, 1)), ((2, 9, 33), (1, 1))),
-            *(((5, 40, 20), (1, 4)), ((13, 70, 11), (1, 4)), ((30, 20, 30), (4, 4)), ((26, 7, 5), (16, 1)), ((17, 13, 9), (3, 5))),
+            *(
+                ((5, 40, 20), (1, 4)),
+                ((13, 70, 11), (1, 4)),
+                ((30, 20, 30), (4, 4)),
+                ((26, 7, 5), (16, 1)),
+                ((17, 13, 9), (3, 5)),
+            ),
             *(((7, 2, 3), (7, 100)), ((27, 1, 2), (70, 130)), ((3, 11, 420), (2, 4)), ((14, 401, 9), (4, 3))),
         ]
     )

@@ -1,16 +1,16 @@
 """Cases of the nn family.
 
-Bounds are first-order error analyses with EPS = 2^-24, the largest relative error of one float32 operation: a sum of n terms
-in 16 lanes costs (n/16 + 6) EPS of the sum of magnitudes, exp(z) costs (2 + |error of z| / EPS) EPS, and results that pass
-through exp lose what is below the smallest normal number (TINY).
+Bounds are first-order error analyses with EPS = 2^-24, the largest relative error of one float32 operation: a sum of n
+terms in 16 lanes costs (n/16 + 6) EPS of the sum of magnitudes, exp(z) costs (2 + |error of z| / EPS) EPS, and results
+that pass through exp lose what is below the smallest normal number (TINY).
 """
 
 import math
 from functools import partial
 
 import numpy as np
-from gristmill import _core
 
+from gristmill import _core
 from kernels.case import Arrays, Case, Work
 
 EPS = 2.0**-24
@@ -81,7 +81,7 @@ def relu_derivative(x):
     return np.where(np.isnan(x), x, x > 0)
 
 
-# kind -> value, derivative, and the relative error of each in EPS; a derivative's terms may cancel, so its error is absolute.
+# kind -> value, derivative, and the errors of both in EPS: relative; absolute for derivatives, whose terms may cancel.
 ACTIVATIONS = {
     "relu": (lambda x: np.where(x < 0, 0, x), relu_derivative, lambda x: 0, lambda x: 2),
     "gelu": (
@@ -112,7 +112,7 @@ def activation_inputs(rng, size):
 
 
 def activate_case(kind):
-    value, derivative, error, derivative_error = ACTIVATIONS[kind]
+    value, _, error, _ = ACTIVATIONS[kind]
 
     def oracle(inputs):
         with np.errstate(all="ignore"):
@@ -124,9 +124,16 @@ def activate_case(kind):
             return {"out": np.abs(wanted["out"]) * EPS * error(x) + (np.abs(x) + 1) * 2 * TINY}
 
     return Case(
-        f"activate-{kind}", ("activate_f32",), VECTORS, activation_inputs, like(out="x"),
-        runner(lambda p, i, o: _core.activate(p, kind, i["x"], o["out"])), oracle, bound,
-        bench=(LONG,), work=streams(2),
+        f"activate-{kind}",
+        ("activate_f32",),
+        VECTORS,
+        activation_inputs,
+        like(out="x"),
+        runner(lambda p, i, o: _core.activate(p, kind, i["x"], o["out"])),
+        oracle,
+        bound,
+        bench=(LONG,),
+        work=streams(2),
     )
 
 
@@ -145,9 +152,16 @@ def activate_grad_case(kind):
             return {"dx": np.abs(dy) * (absolute + 1e-34)}
 
     return Case(
-        f"activate_grad-{kind}", ("activate_grad_f32",), VECTORS, activation_inputs, like(dx="x"),
-        runner(lambda p, i, o: _core.activate_grad(p, kind, i["dy"], i["x"], o["dx"])), oracle, bound,
-        bench=(LONG,), work=streams(3),
+        f"activate_grad-{kind}",
+        ("activate_grad_f32",),
+        VECTORS,
+        activation_inputs,
+        like(dx="x"),
+        runner(lambda p, i, o: _core.activate_grad(p, kind, i["dy"], i["x"], o["dx"])),
+        oracle,
+        bound,
+        bench=(LONG,),
+        work=streams(3),
     )
 
 
@@ -168,7 +182,18 @@ def elementwise(name, slot, append, oracle, count):
         with np.errstate(invalid="ignore"):
             return {"out": oracle(*wide(inputs["a"], inputs["b"]))}
 
-    return Case(name, (slot,), VECTORS, pair_inputs, like(out="a"), runner(append), quiet, rounded, bench=(LONG,), work=streams(count))
+    return Case(
+        name,
+        (slot,),
+        VECTORS,
+        pair_inputs,
+        like(out="a"),
+        runner(append),
+        quiet,
+        rounded,
+        bench=(LONG,),
+        work=streams(count),
+    )
 
 
 FACTOR = float(np.float32(0.37))
@@ -196,11 +221,16 @@ def column_sum_bound(x):
 
 
 COLUMN_SUM = Case(
-    "column_sum", ("column_sum_f32",), MATRICES + EMPTY_ROWS, matrix_inputs, lambda i: {"out": (i["x"].shape[1:], np.float32)},
+    "column_sum",
+    ("column_sum_f32",),
+    MATRICES + EMPTY_ROWS,
+    matrix_inputs,
+    lambda i: {"out": (i["x"].shape[1:], np.float32)},
     runner(lambda p, i, o: _core.column_sum(p, i["x"], o["out"])),
     lambda i: {"out": i["x"].astype(np.float64).sum(0)},
     lambda i, w: {"out": column_sum_bound(i["x"].astype(np.float64))},
-    bench=(LARGE,), work=streams(1),
+    bench=(LARGE,),
+    work=streams(1),
 )
 
 EPSILON = float(np.float32(1e-5))
@@ -239,8 +269,16 @@ def layer_norm_case(affine):
         _core.layer_norm(program, i["x"], gamma, beta, EPSILON, o["out"])
 
     return Case(
-        "layer_norm" if affine else "layer_norm-plain", ("layer_norm_f32",), MATRICES + EMPTY_ROWS, matrix_inputs,
-        like(out="x"), runner(append), oracle, bound, bench=(LARGE,), work=streams(2),
+        "layer_norm" if affine else "layer_norm-plain",
+        ("layer_norm_f32",),
+        MATRICES + EMPTY_ROWS,
+        matrix_inputs,
+        like(out="x"),
+        runner(append),
+        oracle,
+        bound,
+        bench=(LARGE,),
+        work=streams(2),
     )
 
 
@@ -270,10 +308,20 @@ def layer_norm_grad_bound(inputs, wanted):
 
 
 LAYER_NORM_GRAD = Case(
-    "layer_norm_grad", ("layer_norm_grad_f32", "layer_norm_gamma_f32", "column_sum_f32"), MATRICES + EMPTY_ROWS, matrix_inputs,
-    lambda i: {"dx": (i["x"].shape, np.float32), "dgamma": (i["gamma"].shape, np.float32), "dbeta": (i["gamma"].shape, np.float32)},
+    "layer_norm_grad",
+    ("layer_norm_grad_f32", "layer_norm_gamma_f32", "column_sum_f32"),
+    MATRICES + EMPTY_ROWS,
+    matrix_inputs,
+    lambda i: {
+        "dx": (i["x"].shape, np.float32),
+        "dgamma": (i["gamma"].shape, np.float32),
+        "dbeta": (i["gamma"].shape, np.float32),
+    },
     runner(lambda p, i, o: _core.layer_norm_grad(p, i["dy"], i["x"], i["gamma"], EPSILON, o["dx"], o["dgamma"], o["dbeta"])),
-    layer_norm_grad_oracle, layer_norm_grad_bound, bench=(LARGE,), work=streams(3),
+    layer_norm_grad_oracle,
+    layer_norm_grad_bound,
+    bench=(LARGE,),
+    work=streams(3),
 )
 
 # ---- softmax and losses ----
@@ -317,9 +365,16 @@ def softmax_inputs(rng, size):
 
 
 SOFTMAX = Case(
-    "softmax", ("softmax_f32",), MATRICES, softmax_inputs, like(out="x"),
+    "softmax",
+    ("softmax_f32",),
+    MATRICES,
+    softmax_inputs,
+    like(out="x"),
     runner(lambda p, i, o: _core.softmax(p, i["x"], o["out"])),
-    lambda i: {"out": Softmax(i["x"]).p}, lambda i, w: {"out": Softmax(i["x"]).error}, bench=(LARGE,), work=streams(2),
+    lambda i: {"out": Softmax(i["x"]).p},
+    lambda i, w: {"out": Softmax(i["x"]).error},
+    bench=(LARGE,),
+    work=streams(2),
 )
 
 
@@ -340,9 +395,16 @@ def softmax_grad_bound(inputs, wanted):
 
 
 SOFTMAX_GRAD = Case(
-    "softmax_grad", ("softmax_grad_f32",), MATRICES, softmax_grad_inputs, like(dx="y"),
+    "softmax_grad",
+    ("softmax_grad_f32",),
+    MATRICES,
+    softmax_grad_inputs,
+    like(dx="y"),
     runner(lambda p, i, o: _core.softmax_grad(p, i["dy"], i["y"], o["dx"])),
-    softmax_grad_oracle, softmax_grad_bound, bench=(LARGE,), work=streams(3),
+    softmax_grad_oracle,
+    softmax_grad_bound,
+    bench=(LARGE,),
+    work=streams(3),
 )
 
 
@@ -364,9 +426,16 @@ def cross_entropy_bound(inputs, wanted):
 
 
 CROSS_ENTROPY = Case(
-    "cross_entropy", ("exp_sum_f32",), MATRICES, logit_inputs, lambda i: {"loss": ((), np.float32)},
+    "cross_entropy",
+    ("exp_sum_f32",),
+    MATRICES,
+    logit_inputs,
+    lambda i: {"loss": ((), np.float32)},
     runner(lambda p, i, o: _core.cross_entropy(p, i["x"], i["labels"], o["loss"])),
-    lambda i: {"loss": mean(cross_entropy_rows(i)[0])}, cross_entropy_bound, bench=(LARGE,), work=streams(1),
+    lambda i: {"loss": mean(cross_entropy_rows(i)[0])},
+    cross_entropy_bound,
+    bench=(LARGE,),
+    work=streams(1),
 )
 
 
@@ -377,13 +446,23 @@ def cross_entropy_grad_oracle(inputs):
 
 def cross_entropy_grad_bound(inputs, wanted):
     gain = abs(float(inputs["dloss"][0])) / max(len(inputs["x"]), 1)
-    return {"dx": gain * (Softmax(inputs["x"]).error + EPS * one_hot(inputs["labels"], inputs["x"].shape)) + 3 * EPS * np.abs(wanted["dx"])}
+    return {
+        "dx": gain * (Softmax(inputs["x"]).error + EPS * one_hot(inputs["labels"], inputs["x"].shape))
+        + 3 * EPS * np.abs(wanted["dx"])
+    }
 
 
 CROSS_ENTROPY_GRAD = Case(
-    "cross_entropy_grad", ("softmax_f32",), MATRICES, logit_inputs, like(dx="x"),
+    "cross_entropy_grad",
+    ("softmax_f32",),
+    MATRICES,
+    logit_inputs,
+    like(dx="x"),
     runner(lambda p, i, o: _core.cross_entropy_grad(p, i["dloss"].reshape(()), i["x"], i["labels"], o["dx"])),
-    cross_entropy_grad_oracle, cross_entropy_grad_bound, bench=(LARGE,), work=streams(2),
+    cross_entropy_grad_oracle,
+    cross_entropy_grad_bound,
+    bench=(LARGE,),
+    work=streams(2),
 )
 
 
@@ -393,17 +472,29 @@ def squared_inputs(rng, size):
 
 
 SQUARED_ERROR = Case(
-    "mean_squared_error", ("squared_error_f32",), VECTORS, squared_inputs, lambda i: {"loss": ((), np.float32)},
+    "mean_squared_error",
+    ("squared_error_f32",),
+    VECTORS,
+    squared_inputs,
+    lambda i: {"loss": ((), np.float32)},
     runner(lambda p, i, o: _core.mean_squared_error(p, i["a"], i["b"], o["loss"])),
     lambda i: {"loss": mean(np.subtract(*wide(i["a"], i["b"])) ** 2)},
-    lambda i, w: {"loss": EPS * (min(i["a"].size, 4096) / 16 + 12) * w["loss"]}, bench=(LONG,), work=streams(2),
+    lambda i, w: {"loss": EPS * (min(i["a"].size, 4096) / 16 + 12) * w["loss"]},
+    bench=(LONG,),
+    work=streams(2),
 )
 
 SQUARED_ERROR_GRAD = Case(
-    "mean_squared_error_grad", ("scaled_difference_f32",), VECTORS, squared_inputs, like(dx="a"),
+    "mean_squared_error_grad",
+    ("scaled_difference_f32",),
+    VECTORS,
+    squared_inputs,
+    like(dx="a"),
     runner(lambda p, i, o: _core.mean_squared_error_grad(p, i["dloss"].reshape(()), i["a"], i["b"], o["dx"])),
     lambda i: {"dx": 2 * float(i["dloss"][0]) / max(i["a"].size, 1) * np.subtract(*wide(i["a"], i["b"]))},
-    lambda i, w: {"dx": 4 * EPS * np.abs(w["dx"])}, bench=(LONG,), work=streams(3),
+    lambda i, w: {"dx": 4 * EPS * np.abs(w["dx"])},
+    bench=(LONG,),
+    work=streams(3),
 )
 
 TEMPERATURE, ALPHA = 3.0, 0.7
@@ -439,9 +530,16 @@ def distillation_bound(inputs, wanted):
 
 
 DISTILLATION = Case(
-    "distillation", ("distillation_f32", "exp_sum_f32"), MATRICES, finite_student, lambda i: {"loss": ((), np.float32)},
+    "distillation",
+    ("distillation_f32", "exp_sum_f32"),
+    MATRICES,
+    finite_student,
+    lambda i: {"loss": ((), np.float32)},
     runner(lambda p, i, o: _core.distillation(p, i["x"], i["teacher"], i["labels"], TEMPERATURE, ALPHA, o["loss"])),
-    distillation_oracle, distillation_bound, bench=(LARGE,), work=streams(2),
+    distillation_oracle,
+    distillation_bound,
+    bench=(LARGE,),
+    work=streams(2),
 )
 
 
@@ -464,16 +562,33 @@ def distillation_grad_bound(inputs, wanted):
 
 
 DISTILLATION_GRAD = Case(
-    "distillation_grad", ("distillation_grad_f32",), MATRICES, finite_student, like(dx="x"),
-    runner(lambda p, i, o: _core.distillation_grad(p, i["dloss"].reshape(()), i["x"], i["teacher"], i["labels"], TEMPERATURE, ALPHA, o["dx"])),
-    distillation_grad_oracle, distillation_grad_bound, bench=(LARGE,), work=streams(3),
+    "distillation_grad",
+    ("distillation_grad_f32",),
+    MATRICES,
+    finite_student,
+    like(dx="x"),
+    runner(
+        lambda p, i, o: _core.distillation_grad(
+            p, i["dloss"].reshape(()), i["x"], i["teacher"], i["labels"], TEMPERATURE, ALPHA, o["dx"]
+        )
+    ),
+    distillation_grad_oracle,
+    distillation_grad_bound,
+    bench=(LARGE,),
+    work=streams(3),
 )
 
 TRANSPOSE = Case(
-    "transpose", ("transpose_f32",), MATRICES + EMPTY_ROWS + ((16, 16), (1, 70), (200, 1), (131, 67)), matrix_inputs,
+    "transpose",
+    ("transpose_f32",),
+    MATRICES + EMPTY_ROWS + ((16, 16), (1, 70), (200, 1), (131, 67)),
+    matrix_inputs,
     lambda i: {"out": (i["x"].shape[::-1], np.float32)},
     runner(lambda p, i, o: _core.transpose(p, i["x"], o["out"])),
-    lambda i: {"out": i["x"].T}, lambda i, w: {"out": 0.0}, bench=(LARGE, (512, 384)), work=streams(2),
+    lambda i: {"out": i["x"].T},
+    lambda i, w: {"out": 0.0},
+    bench=(LARGE, (512, 384)),
+    work=streams(2),
 )
 
 CASES: list[Case] = [

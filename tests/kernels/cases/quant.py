@@ -4,8 +4,8 @@ import math
 from itertools import pairwise
 
 import numpy as np
-from gristmill import _core
 
+from gristmill import _core
 from kernels.case import Case, Work
 
 EPS = 2.0**-24

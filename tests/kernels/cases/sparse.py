@@ -3,8 +3,8 @@
 from math import erf
 
 import numpy as np
-from gristmill import _core
 
+from gristmill import _core
 from kernels.case import Case, Work
 
 EPSILON = 2.0**-24  # half an ulp of float32, relative
@@ -24,7 +24,10 @@ def draw_vector(rng, size):
 
 def kth_inputs(rng, size):
     x = draw_vector(rng, size)
-    return {"x": x, "ranks": sorted({1, max(1, x.size // 5), max(1, x.size * 4 // 5), max(1, x.size)}) if x.size else []}
+    return {
+        "x": x,
+        "ranks": sorted({1, max(1, x.size // 5), max(1, x.size * 4 // 5), max(1, x.size)}) if x.size else [],
+    }
 
 
 def kth_run(inputs, outputs, threads):
@@ -44,7 +47,7 @@ def mask_oracle(inputs):
 
 
 def no_difference(inputs, wanted):
-    return {name: 0 for name in wanted}
+    return dict.fromkeys(wanted, 0)
 
 
 KTH = Case(
@@ -105,12 +108,23 @@ SQUARES = Case(
     name="block_magnitudes",
     slots=("sum_block_squares_f32",),
     sizes=(
-        (0, 4, 1, 4), (3, 0, 1, 4), (1, 1, 1, 1), (5, 17, 1, 1), (3, 64, 1, 4), (2, 68, 1, 4), (6, 60, 2, 4), (8, 132, 4, 4),
-        (4, 33, 4, 1), (9, 35, 3, 5),
+        (0, 4, 1, 4),
+        (3, 0, 1, 4),
+        (1, 1, 1, 1),
+        (5, 17, 1, 1),
+        (3, 64, 1, 4),
+        (2, 68, 1, 4),
+        (6, 60, 2, 4),
+        (8, 132, 4, 4),
+        (4, 33, 4, 1),
+        (9, 35, 3, 5),
     ),
     inputs=squares_inputs,
     outputs=lambda inputs: {
-        "sums": (tuple(have // by for have, by in zip(inputs["weight"].shape, inputs["block"], strict=True)), np.float32)
+        "sums": (
+            tuple(have // by for have, by in zip(inputs["weight"].shape, inputs["block"], strict=True)),
+            np.float32,
+        )
     },
     run=squares_run,
     oracle=squares_oracle,
@@ -134,7 +148,7 @@ def random_blocks(rng, n, k, density, r, c):
 
 def expand(values, offsets, index, n, k):
     """The dense [n, k] matrix in float64."""
-    blocks, r, c = values.shape
+    _, r, c = values.shape
     dense = np.zeros((n // r, r, k // c, c))
     groups = np.repeat(np.arange(n // r), np.diff(offsets))
     dense[groups, :, index, :] = values
@@ -180,7 +194,9 @@ def finish(inputs, total, error):
         error = error + EPSILON * (np.abs(total) + error)
     result = reference_activation(inputs["activation"], total)
     # The slope of every activation is below 1.13, and each is held to 4e-7 of its argument by its own tests.
-    error = 1.13 * error + (4e-7 * (np.abs(total) + error) + 1e-30 if inputs["activation"] not in (None, "relu") else 0.0)
+    error = 1.13 * error + (
+        4e-7 * (np.abs(total) + error) + 1e-30 if inputs["activation"] not in (None, "relu") else 0.0
+    )
     if inputs["residual"] is not None:
         result = result + inputs["residual"]
         error = error + EPSILON * (np.abs(result) + error)
@@ -202,9 +218,7 @@ def f32_run(inputs, outputs, threads):
     program = _core.Program()
     weight = f32_weight(inputs)
     packed = weight if inputs["m"] % 2 else _core.pack_sparse(weight)
-    _core.sparse_linear(
-        program, inputs["x"], packed, outputs["out"], inputs["bias"], inputs["activation"], inputs["residual"]
-    )
+    _core.sparse_linear(program, inputs["x"], packed, outputs["out"], inputs["bias"], inputs["activation"], inputs["residual"])
     program.run(threads)
 
 
@@ -221,15 +235,22 @@ def product_work(size, limit):
 
 
 BLOCKS = ((1, 1), (1, 4), (2, 4), (4, 4))
-WIDTHS = (1, 2, 15, 16, 17, 31, 33, 48, 63, 64, 65, 130)
+WIDTHS = (1, 2, 4, 5, 15, 16, 17, 31, 33, 48, 63, 64, 65, 130)
 
 F32 = Case(
     name="sparse_linear",
     slots=("multiply_blocks_f32", "finish_lanes_f32"),
     sizes=(
-        (0, 4, 8, 50, 1, 4, 0), (3, 0, 8, 50, 1, 4, 0), (5, 4, 0, 50, 1, 4, 1), (1, 1, 1, 100, 1, 1, 0), (3, 8, 16, 0, 2, 4, 1),
+        (0, 4, 8, 50, 1, 4, 0),
+        (3, 0, 8, 50, 1, 4, 0),
+        (5, 4, 0, 50, 1, 4, 1),
+        (1, 1, 1, 100, 1, 1, 0),
+        (3, 8, 16, 0, 2, 4, 1),
         *((m, 20, 36, 40, r, c, i % 5) for i, (m, (r, c)) in enumerate((m, block) for block in BLOCKS for m in WIDTHS)),
-        (70, 520, 40, 30, 1, 1, 1), (7, 1036, 260, 5, 4, 4, 0), (66, 28, 1044, 20, 1, 4, 2), (20, 12, 1000, 50, 1, 1, 3),
+        (70, 520, 40, 30, 1, 1, 1),
+        (7, 1036, 260, 5, 4, 4, 0),
+        (66, 28, 1044, 20, 1, 4, 2),
+        (20, 12, 1000, 50, 1, 1, 3),
     ),
     inputs=f32_inputs,
     outputs=product_outputs,
@@ -237,9 +258,16 @@ F32 = Case(
     oracle=lambda inputs: {"out": f32_answer(inputs)[0]},
     bound=lambda inputs, wanted: {"out": f32_answer(inputs)[1]},
     bench=(
-        (512, 768, 768, 20, 1, 1, 0), (512, 768, 768, 20, 1, 4, 0), (512, 768, 768, 20, 4, 4, 0), (512, 3072, 768, 20, 1, 4, 0),
-        (512, 768, 3072, 20, 1, 4, 0), (512, 768, 3072, 20, 1, 1, 0), (16, 768, 768, 20, 1, 4, 0), (1, 768, 768, 20, 1, 1, 0),
-        (1, 768, 768, 20, 1, 4, 0), (1, 768, 3072, 20, 1, 4, 0),
+        (512, 768, 768, 20, 1, 1, 0),
+        (512, 768, 768, 20, 1, 4, 0),
+        (512, 768, 768, 20, 4, 4, 0),
+        (512, 3072, 768, 20, 1, 4, 0),
+        (512, 768, 3072, 20, 1, 4, 0),
+        (512, 768, 3072, 20, 1, 1, 0),
+        (16, 768, 768, 20, 1, 4, 0),
+        (1, 768, 768, 20, 1, 1, 0),
+        (1, 768, 768, 20, 1, 4, 0),
+        (1, 768, 3072, 20, 1, 4, 0),
     ),
     work=lambda size: product_work(size, "fma"),
 )
@@ -274,8 +302,16 @@ def int8_run(inputs, outputs, threads):
     scale = inputs["weight_scale"]
     weight = _core.Weight(inputs["values"], inputs["shape"], scale, inputs["row_offsets"], inputs["index"])
     _core.sparse_linear_int8(
-        program, inputs["codes"], inputs["scales"], inputs["m"], _core.pack_sparse(weight), scale, outputs["out"],
-        inputs["bias"], inputs["activation"], inputs["residual"],
+        program,
+        inputs["codes"],
+        inputs["scales"],
+        inputs["m"],
+        _core.pack_sparse(weight),
+        scale,
+        outputs["out"],
+        inputs["bias"],
+        inputs["activation"],
+        inputs["residual"],
     )
     program.run(threads)
 
@@ -283,7 +319,10 @@ def int8_run(inputs, outputs, threads):
 def int8_answer(inputs):
     m, (n, k) = inputs["m"], inputs["shape"]
     weight = expand(inputs["values"], inputs["row_offsets"], inputs["index"], n, k)
-    q = inputs["codes"].reshape(k // 4, -(-m // 16) * 16, 4)[:, :m].transpose(0, 2, 1).reshape(k, m).astype(np.float64) - 128
+    q = (
+        inputs["codes"].reshape(k // 4, -(-m // 16) * 16, 4)[:, :m].transpose(0, 2, 1).reshape(k, m).astype(np.float64)
+        - 128
+    )
     total = (weight @ q) * (inputs["scales"].astype(np.float64) * inputs["weight_scale"].astype(np.float64)[:, None])
     # three roundings: of the int32 sum, of the product of the scales, and of their product
     return finish(inputs, total, 3.001 * EPSILON * np.abs(total))
@@ -293,9 +332,16 @@ INT8 = Case(
     name="sparse_linear_int8",
     slots=("multiply_blocks_u8_s8", "finish_lanes_s32"),
     sizes=(
-        (0, 4, 8, 50, 1, 4, 0), (3, 0, 8, 50, 1, 4, 0), (5, 4, 0, 50, 1, 4, 1), (1, 1, 4, 100, 1, 4, 0), (3, 8, 16, 0, 2, 4, 1),
+        (0, 4, 8, 50, 1, 4, 0),
+        (3, 0, 8, 50, 1, 4, 0),
+        (5, 4, 0, 50, 1, 4, 1),
+        (1, 1, 4, 100, 1, 4, 0),
+        (3, 8, 16, 0, 2, 4, 1),
         *((m, 20, 36, 40, r, 4, i % 5) for i, (m, r) in enumerate((m, r) for r in (1, 2, 4) for m in WIDTHS)),
-        (70, 520, 40, 30, 1, 4, 1), (7, 1036, 260, 5, 4, 4, 0), (66, 28, 1044, 20, 1, 4, 2), (20, 12, 2000, 50, 2, 4, 3),
+        (70, 520, 40, 30, 1, 4, 1),
+        (7, 1036, 260, 5, 4, 4, 0),
+        (66, 28, 1044, 20, 1, 4, 2),
+        (20, 12, 2000, 50, 2, 4, 3),
     ),
     inputs=int8_inputs,
     outputs=product_outputs,
@@ -303,9 +349,16 @@ INT8 = Case(
     oracle=lambda inputs: {"out": int8_answer(inputs)[0]},
     bound=lambda inputs, wanted: {"out": int8_answer(inputs)[1]},
     bench=(
-        (512, 768, 768, 20, 1, 4, 0), (512, 3072, 768, 20, 1, 4, 0), (512, 768, 3072, 20, 1, 4, 0), (512, 768, 768, 20, 2, 4, 0),
-        (512, 768, 768, 20, 4, 4, 0), (512, 768, 3072, 20, 4, 4, 0), (512, 768, 768, 50, 1, 4, 0), (512, 768, 768, 10, 1, 4, 0),
-        (16, 768, 768, 20, 1, 4, 0), (1, 768, 768, 20, 1, 4, 0),
+        (512, 768, 768, 20, 1, 4, 0),
+        (512, 3072, 768, 20, 1, 4, 0),
+        (512, 768, 3072, 20, 1, 4, 0),
+        (512, 768, 768, 20, 2, 4, 0),
+        (512, 768, 768, 20, 4, 4, 0),
+        (512, 768, 3072, 20, 4, 4, 0),
+        (512, 768, 768, 50, 1, 4, 0),
+        (512, 768, 768, 10, 1, 4, 0),
+        (16, 768, 768, 20, 1, 4, 0),
+        (1, 768, 768, 20, 1, 4, 0),
     ),
     work=lambda size: product_work(size, "vnni"),
 )

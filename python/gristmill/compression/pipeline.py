@@ -55,9 +55,13 @@ def compress(
     current = model
     for step in recipe:
         begin = time.perf_counter()
-        current = step.apply(current, context)
+        current = recorded(step.apply(current, context), step)
         seconds = time.perf_counter() - begin
         stages.append(measure_model(type(step).__name__, current, model, checked, metric, seconds, context.threads))
     passes = [step.describe() for step in recipe]
-    current = current.replace(meta={**current.meta, "recipe": [*current.meta.get("recipe", []), *passes]})
     return current, Report(tuple(stages), tuple(measure_layers(model, current, context.threads)), tuple(passes), metric)
+
+
+def recorded(model: Model, step: Pass) -> Model:
+    """Return the model with a pass added to the recipe that its meta tells."""
+    return model.replace(meta={**model.meta, "recipe": [*model.meta.get("recipe", []), step.describe()]})
