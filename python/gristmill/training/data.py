@@ -31,11 +31,11 @@ def own_data(data: Any) -> Dataset:
     """
     if isinstance(data, Mapping):
         named, structure = {str(name): value for name, value in data.items()}, "mapping"
-    elif isinstance(data, (tuple, list)) and not np.isscalar(data[0] if data else 0):
+    elif isinstance(data, tuple):
         named, structure = {str(i): value for i, value in enumerate(data)}, "tuple"
     else:
         named, structure = {"data": data}, "single"
-    arrays = {name: np.ascontiguousarray(value) for name, value in named.items()}
+    arrays = {name: np.asarray(value, order="C") for name, value in named.items()}
     for name, array in arrays.items():
         if array.dtype.kind not in KINDS:
             raise DataError(f"data '{name}' has dtype {array.dtype}, which workers cannot share; convert it to numbers")
@@ -104,7 +104,7 @@ def convert(name: str, value: Any, kind: TensorType) -> Array:
     if array.dtype.kind not in "biuf" or not np.can_cast(array.dtype, kind.dtype, "same_kind"):
         raise DataError(f"'{name}' has dtype {array.dtype}, which does not convert to {kind.dtype}")
     with np.errstate(over="ignore"):  # what overflows is refused as not finite
-        return np.ascontiguousarray(array, kind.dtype)
+        return np.asarray(array, kind.dtype, order="C")
 
 
 def _check_shape(name: str, array: Array, kind: TensorType, symbols: dict[str, int]) -> None:

@@ -164,9 +164,9 @@ def fit_gradient(
 
     Args:
         gradient: `gradient(params, batch) -> (loss, gradients)`, both means over the batch. `params` are read-only float32
-            arrays in the form of the argument `params`, valid during the call; `gradients` must have their names, shapes and
-            dtype; `batch` is a part of `data` in its form. It must compute the same from the same arguments, wherever it runs,
-            and may be defined anywhere: in a script, a notebook or at the prompt.
+            arrays in the form of the argument `params`, valid during the call; `gradients` must be floating-point arrays of
+            their names and shapes; `batch` is a part of `data` in its form. It must compute the same from the same arguments,
+            wherever it runs, and may be defined anywhere: in a script, a notebook or at the prompt.
         params: initial values: floating-point arrays by name, or one array. They are not changed.
         data: an array, a tuple of arrays or arrays by name; the first axis is the examples.
 

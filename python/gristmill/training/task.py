@@ -119,7 +119,7 @@ class _FunctionGradient:
             raise ModelError(f"gradients must be a mapping with the names of the parameters, {sorted(gradients)}; got {names}")
         for name, view in gradients.items():
             array = np.asarray(found[name])
-            if array.shape != view.shape or array.dtype != np.float32:
+            if array.shape != view.shape or array.dtype.kind != "f":
                 raise ModelError(
                     f"the gradient of '{name}' is {array.dtype} of shape {array.shape}, "
                     f"the parameter is float32 of shape {view.shape}"

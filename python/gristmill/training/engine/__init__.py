@@ -28,7 +28,7 @@ class Job:
         shuffled: whether leases point into `Arena.order` rather than straight into the data.
         workers: members to start.
         threads: of each worker; None divides the cores among them.
-        timeout: seconds after which a worker that does not get ready counts as frozen.
+        timeout: seconds that a worker may take for an answer.
     """
 
     task: Task

@@ -27,6 +27,7 @@ from gristmill.training.shards import Lease
 SPIN_SECONDS = 50e-6  # about what the kernel takes to wake a sleeper
 LOOK_SECONDS = 1.0  # how often to look for processes that died with their socket held open by a child
 GRACE_SECONDS = 2.0
+START_SECONDS = 60.0  # for a worker to get ready, at least: a busy machine starts interpreters slowly
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -55,12 +56,13 @@ class Processes:
         sizes = job.sizes()
         header, payload = job.task.encode()
         threads = job.threads or max(1, cores // job.workers)
+        patience = max(START_SECONDS, job.timeout)
         descriptor = anonymous_file(sizes.nbytes)
         try:
             arena = carve(sizes, map_file(descriptor, sizes.nbytes))
             fill(arena.data, job.data)
             for member in range(job.workers):
-                self._spawn(member, descriptor, threads, job.timeout)
+                self._spawn(member, descriptor, threads, patience)
         finally:
             os.close(descriptor)
         greeting = {
@@ -75,7 +77,7 @@ class Processes:
         }
         for member in list(self.members):
             self._send(member, greeting, payload)
-        self._await_ready(job.timeout)
+        self._await_ready(patience)
         return arena
 
     def broadcast(self, what: str) -> None:
@@ -136,7 +138,9 @@ class Processes:
                     raise WorkerError(f"worker {event.member} {event.reason} while it started")
                 waiting.discard(event.member)
             if waiting and monotonic() >= deadline:
-                raise WorkerError(f"workers {sorted(waiting)} did not get ready within {timeout:g} s (worker_timeout=)")
+                for member in waiting:
+                    self.stop(member)
+                raise WorkerError(f"workers {sorted(waiting)} did not get ready within {timeout:g} s")
 
     def _ready(self, timeout: float) -> list[int]:
         deadline = monotonic() + self._spin
