@@ -73,7 +73,7 @@ class HostedModel:
         self._warm_up()
 
     def _warm_up(self) -> None:
-        """Run once on zeros, every dimension that may vary taken as 1: weights get packed, and a model that cannot run fails now."""
+        """Run once on zeros, varying dimensions taken as 1: weights get packed, and a model that cannot run fails now."""
         shapes = {name: [1 if isinstance(dim, str) else dim for dim in port.shape] for name, port in self.inputs.items()}
         try:
             self.run({name: np.zeros(shapes[name], port.dtype) for name, port in self.inputs.items()})

@@ -231,7 +231,7 @@ class Server:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stopping: asyncio.Future[float] = self._loop.create_future()
-        core = Core(self._registry, self._limits)
+        self._core = core = Core(self._registry, self._limits)
         try:
             fronts = await self._open(core)
             core.ready = True
