@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from gristmill import _core
 
+from gristmill import _core
 from kernels.cases import dense as cases
 
 LEVELS = ("scalar", "avx2", "avx512")

@@ -7,8 +7,8 @@ import math
 from functools import partial
 
 import numpy as np
-from gristmill import _core
 
+from gristmill import _core
 from kernels.case import Arrays, Case, Size, Work
 from kernels.harness import Guarded
 
@@ -273,7 +273,5 @@ CASES: list[Case] = [
     *rows("linear_packed", LINEAR, "out", product_shape, build_packed, linear_oracle, linear_bound),
     *rows("linear_in_place", LINEAR, "out", product_shape, build_in_place, linear_oracle, linear_bound),
     *rows("linear_grad_input", GRAD_INPUT, "dx", input_shape, build_grad_input, grad_input_oracle, grad_input_bound),
-    *rows(
-        "linear_grad_weight", GRAD_WEIGHT, "grad", grad_shape, build_grad_weight, grad_weight_oracle, grad_weight_bound
-    ),
+    *rows("linear_grad_weight", GRAD_WEIGHT, "grad", grad_shape, build_grad_weight, grad_weight_oracle, grad_weight_bound),
 ]
