@@ -56,7 +56,6 @@ def test_help_has_an_example(command):
     assert f"gristmill {command}" in result.output
 
 
-@pytest.mark.xfail(reason="the extension imports numpy when it is loaded", strict=False)
 def test_help_lists_the_commands_and_imports_no_numpy():
     code = "import sys; from gristmill.cli import app; app(['--help'], standalone_mode=False); print('numpy' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, check=True)

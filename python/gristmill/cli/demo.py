@@ -30,7 +30,7 @@ Split = tuple[Array, Array]
 def digits(seed: int) -> dict[str, Split]:
     """Return the UCI handwritten digits (1,797 images of 8 x 8), split by class: 60 % train, 20 % test, 20 % edge."""
     try:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     except ImportError as error:
         raise MissingExtraError("scikit-learn", "demo") from error
     bunch = load_digits()
@@ -176,6 +176,8 @@ def serve(console: Console, model: gm.Model, test: Split, figures: dict[str, Any
     key = "demo-key-for-loopback"
     expected = model.run(x=image)["logits"]
     with gm.serve({"digits": model}, http_port=0, grpc_port=0, api_key=key, block=False) as server:
+        assert server.http_port is not None
+        assert server.grpc_port is not None
         asks: dict[str, Callable[[], Array]] = {
             "rest": ask_rest(server.http_port, key, "digits", image),
             "grpc": ask_grpc(server.grpc_port, key, "digits", image),

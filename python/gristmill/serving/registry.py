@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from gristmill.errors import ModelError
+from gristmill.errors import ModelError, ServingError
 from gristmill.model import Model
 from gristmill.ops import TensorType
 from gristmill.runtime.session import Session
 from gristmill.serving.limits import MAX_RANK, Limits
-from gristmill.serving.refusal import Reason, Refusal, ServingError, need
+from gristmill.serving.refusal import Reason, Refusal, need
 from gristmill.serving.tensors import DATATYPES, Array
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

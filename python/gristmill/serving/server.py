@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Protocol
 
-from gristmill.errors import MissingExtraError
+from gristmill.errors import MissingExtraError, ServingError
 from gristmill.model import Model
 from gristmill.runtime.threads import default_threads
 from gristmill.serving.core import Core
 from gristmill.serving.limits import MIB, Limits
-from gristmill.serving.refusal import ServingError
 from gristmill.serving.registry import ModelSource, Registry, host_models
 from gristmill.serving.security import ApiKey, Tls, bind_address, check_exposure, read_tls
 
