@@ -2,8 +2,8 @@
 
     python benchmarks/bench_contention.py [--seconds 5]
 
-The model is a deep perceptron at batch 16: some forty steps and as many barriers, which is what a busy neighbour hurts most. Every
-process asks for all cores. The figure to hold: p99 of two at once at most 5 times that of one alone.
+The model is a deep perceptron at batch 16: twenty steps and as many barriers, which is what a busy neighbour hurts most.
+Every process asks for all cores. The figure to hold: p99 of two at once at most 5 times that of one alone.
 """
 
 import argparse
