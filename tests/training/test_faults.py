@@ -272,6 +272,22 @@ def test_an_answer_that_has_arrived_counts_even_after_the_deadline():
     assert result.report.deaths == {}
 
 
+def test_a_death_is_seen_though_a_child_holds_the_socket():
+    parent = os.getpid()
+
+    def gradient(params, batch):
+        if os.getpid() != parent:
+            if os.fork() == 0:
+                time.sleep(4)
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return linear_gradient(params, batch)
+
+    params, data = linear_problem()
+    with pytest.raises(WorkerError, match="was killed by SIGKILL"):
+        gm.fit_gradient(gradient, params, data, epochs=1)
+
+
 def test_how_a_process_ended():
     assert manner(3) == "exited with status 3"
     assert manner(-9) == "was killed by SIGKILL"

@@ -5,7 +5,7 @@ import pytest
 
 import gristmill as gm
 from gristmill import losses
-from gristmill.errors import ModelError
+from gristmill.errors import ModelError, WorkerError
 from gristmill.training import aggregate, shards
 from gristmill.training.convergence import Until, stalled
 from training.programs import bits, blobs, linear_gradient, linear_problem, small_model
@@ -164,14 +164,8 @@ def test_parameters_are_read_only_to_the_gradient():
         return linear_gradient(params, batch)
 
     params, data = linear_problem()
-    with pytest.raises(gm_error("WorkerError"), match="read-only"):
+    with pytest.raises(WorkerError, match="read-only"):
         gm.fit_gradient(meddling, params, data, engine="inline", epochs=1)
-
-
-def gm_error(name):
-    from gristmill import errors
-
-    return getattr(errors, name)
 
 
 def test_until_the_gradient_is_small():
@@ -246,3 +240,30 @@ def test_losses_are_added_as_gradients_are():
     values = list(np.random.default_rng(0).standard_normal(7))
     left = (values[0] + values[1]) + (values[2] + values[3])
     assert aggregate.tree_sum(values) == left + ((values[4] + values[5]) + values[6])
+
+
+@pytest.mark.parametrize(("engine", "workers"), [("inline", 2), ("processes", 1)])
+def test_a_gradient_by_torch(engine, workers):
+    pytest.importorskip("torch")
+
+    def gradient(params, batch):
+        import torch
+
+        leaves = {name: torch.tensor(array, requires_grad=True) for name, array in params.items()}
+        error = torch.from_numpy(batch["x"].copy()) @ leaves["weight"] + leaves["bias"] - torch.from_numpy(batch["y"].copy())
+        loss = 0.5 * (error**2).mean()
+        loss.backward()
+        return loss.item(), {name: leaf.grad for name, leaf in leaves.items()}
+
+    params, data = linear_problem()
+    result = gm.fit_gradient(gradient, params, data, epochs=3, engine=engine, workers=workers)
+    wanted = gm.fit_gradient(linear_gradient, params, data, epochs=3, engine="inline")
+    for name, array in wanted.params.items():
+        np.testing.assert_allclose(result.params[name], array, rtol=1e-4, atol=1e-5)
+
+
+def test_settings_of_numpy_types_are_kept_as_plain_numbers(tmp_path):
+    options = {"epochs": np.int64(1), "batch_size": np.int32(16), "seed": np.uint8(3), "slices": np.int64(4), "engine": "inline"}
+    result = gm.fit(small_model(), blobs(), "cross_entropy", gm.SGD(0.1), checkpoint=tmp_path / "run", **options)
+    gm.save(result.model, tmp_path / "model.safetensors")
+    assert gm.load(tmp_path / "model.safetensors").meta["training"]["batch_size"] == 16

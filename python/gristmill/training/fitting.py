@@ -134,8 +134,7 @@ def fit(
 
 def _fit_result(model: Model, loss: losses.Loss, settings: Settings, outcome: Outcome) -> FitResult:
     tensors = {name: model.tensors[name].with_trainable(array) for name, array in outcome.params.items()}
-    how = {name: getattr(settings, name) for name in ("batch_size", "slices", "seed", "reduction")}
-    record = {**how, **settings.optimizer.describe(), "loss": loss.op, "epochs": len(outcome.history["loss"])}
+    record = {**settings.describe(), "loss": loss.op, "epochs": len(outcome.history["loss"])}
     trained = model.replace(tensors=tensors, meta={**model.meta, "training": record})
     return FitResult(outcome.params, outcome.history, outcome.report, outcome.stopped, trained)
 

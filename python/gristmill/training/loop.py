@@ -38,6 +38,7 @@ from gristmill.training.spec import Spec
 from gristmill.training.task import Task
 
 REDUCTIONS = ("mean", "sum")
+ITEMS_PER_THREAD = 1 << 18  # a smaller update is over before a second thread has woken up
 Measure = Callable[[Mapping[str, Array]], Callable[[], dict[str, float]]]
 
 
@@ -83,14 +84,16 @@ class Settings:
         if self.threads is not None:
             check_threads(self.threads)
 
+    def describe(self) -> dict[str, Any]:
+        """What the result depends on, in JSON-compatible terms."""
+        own = {name: getattr(self, name) for name in ("batch_size", "slices", "seed", "reduction")}
+        settings = {**own, **self.optimizer.describe()}
+        return {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()}
+
     def fingerprint(self, spec: Spec, data: Mapping[str, Array]) -> dict[str, Any]:
         """What a checkpoint must have in common with a run that resumes it."""
-        return {
-            **{name: getattr(self, name) for name in ("batch_size", "slices", "seed", "reduction")},
-            **self.optimizer.describe(),
-            "parameters": dict(spec.shapes),
-            "data": {name: [str(array.dtype), *array.shape] for name, array in data.items()},
-        }
+        kinds = {name: [str(array.dtype), *array.shape] for name, array in data.items()}
+        return {**self.describe(), "parameters": dict(spec.shapes), "data": kinds}
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ class Descent:
 
     def _descend(self, initial: Mapping[str, Array]) -> Outcome:
         settings, arena = self.settings, self.arena
-        self.threads = default_threads()
+        self.threads = max(1, min(default_threads(), self.spec.size // ITEMS_PER_THREAD))
         self.aggregator = Aggregator(arena.slots, settings.reduction, self.threads)
         self.state = State(arena.params, settings.optimizer.init(self.spec.size))
         self.spec.write(initial, arena.params)

@@ -19,7 +19,7 @@ class Bar:
     """
 
     def __init__(self, shown: bool | None, epochs: int | None, steps: int) -> None:
-        self._shown = sys.stderr.isatty() if shown is None else shown
+        self._shown = (sys.stderr is not None and sys.stderr.isatty()) if shown is None else shown
         self._epochs, self._steps = epochs, steps
         self._drawn = 0.0
         self._metrics = ""

@@ -24,7 +24,8 @@ from gristmill.training.member import revive
 from gristmill.training.messages import Channel
 from gristmill.training.shards import Lease
 
-SPIN_SECONDS = 50e-6  # about what the kernel takes to wake a sleeper
+WORKER_SPIN = 200e-6  # about what the coordinator takes for the update of a small model
+COORDINATOR_SPIN = 50e-6  # about what the kernel takes to wake a sleeper
 LOOK_SECONDS = 1.0  # how often to look for processes that died with their socket held open by a child
 GRACE_SECONDS = 2.0
 START_SECONDS = 60.0  # for a worker to get ready, at least: a busy machine starts interpreters slowly
@@ -44,15 +45,15 @@ class Processes:
         self.members: list[int] = []
         self._workers: dict[int, _Worker] = {}
         self._by_descriptor: dict[int, int] = {}
-        self._poll = select.poll()
         self._news: list[Event] = []  # what was found out while submitting
         self._spin = 0.0
 
     def start(self, job: Job) -> Arena:
-        if os.name != "posix":
-            raise ModelError("engine='processes' needs a POSIX system; use engine='inline'")
+        if os.name != "posix" or not sys.executable:
+            raise ModelError("engine='processes' needs a POSIX system and sys.executable; use engine='inline'")
+        self._poll = select.poll()
         cores = default_threads()
-        self._spin = SPIN_SECONDS if job.workers < cores else 0.0
+        self._spin = COORDINATOR_SPIN if job.workers < cores else 0.0
         sizes = job.sizes()
         header, payload = job.task.encode()
         threads = job.threads or max(1, cores // job.workers)
@@ -71,7 +72,7 @@ class Processes:
             "sizes": sizes.as_dict(),
             "shuffled": job.shuffled,
             "threads": threads,
-            "spin": self._spin,
+            "spin": WORKER_SPIN if job.workers <= cores else 0.0,
             "path": [entry or os.getcwd() for entry in sys.path],
             "environment": {"PYTHONPATH": os.environ.get("PYTHONPATH")},
         }
