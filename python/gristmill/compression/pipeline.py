@@ -43,7 +43,7 @@ def compress(
 
     Example:
         >>> import gristmill as gm
-        >>> small, report = gm.compress(gm.zoo.mlp([64, 32]), [gm.Prune(0.8), gm.Quantize("int8")])
+        >>> small, report = gm.compress(gm.zoo.mlp([256, 256]), [gm.Prune(0.8), gm.Quantize("int8")])
         >>> report.bytes_after < report.bytes_before / 8
         True
     """
