@@ -4,8 +4,9 @@ import doctest
 import importlib
 import pkgutil
 
-import gristmill
 import pytest
+
+import gristmill
 
 NAMES = [
     info.name
