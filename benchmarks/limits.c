@@ -1,14 +1,21 @@
-/* The physical limits of one core, measured: fused multiply-add, int8 dot product, and DRAM streams. Built and loaded by limits.py. */
+/* The physical limits of one core, measured: fused multiply-add, int8 dot product, and DRAM streams. Built and loaded by
+ * limits.py. */
 #include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>
 
-/* 24 independent accumulators (opaque, so that the compiler cannot merge them): enough to hide the latency of any core so far. Each loop does `rounds` * 24 instructions. */
-#define REPEAT24(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) X(16) X(17) X(18) X(19) X(20) X(21) X(22) X(23)
+/* 24 independent accumulators (opaque, so that the compiler cannot merge them): enough to hide the latency of any core so far.
+ * Each loop does `rounds` * 24 instructions. */
+#define REPEAT24(X)                                                                                                              \
+    X(0)                                                                                                                         \
+    X(1)                                                                                                                         \
+    X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) X(16) X(17) X(18) X(19) X(20) X(21) X(22) X(23)
 
 __attribute__((target("avx512f"))) float fma_avx512(int64_t rounds) {
     __m512 a = _mm512_set1_ps(1.0f), b = _mm512_set1_ps(1e-9f);
-#define DECLARE(i) __m512 s##i = _mm512_setzero_ps(); __asm__("" : "+v"(s##i));
+#define DECLARE(i)                                                                                                               \
+    __m512 s##i = _mm512_setzero_ps();                                                                                           \
+    __asm__("" : "+v"(s##i));
     REPEAT24(DECLARE)
 #undef DECLARE
     for (int64_t r = 0; r < rounds; r++) {
@@ -46,7 +53,9 @@ __attribute__((target("avx2,fma"))) float fma_avx2(int64_t rounds) {
 
 __attribute__((target("avx512f,avx512vnni"))) int32_t vnni_avx512(int64_t rounds) {
     __m512i a = _mm512_set1_epi8(1), b = _mm512_set1_epi8(2);
-#define DECLARE(i) __m512i s##i = _mm512_setzero_si512(); __asm__("" : "+v"(s##i));
+#define DECLARE(i)                                                                                                               \
+    __m512i s##i = _mm512_setzero_si512();                                                                                       \
+    __asm__("" : "+v"(s##i));
     REPEAT24(DECLARE)
 #undef DECLARE
     for (int64_t r = 0; r < rounds; r++) {

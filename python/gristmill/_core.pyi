@@ -1,7 +1,8 @@
 """The compiled border: kernels, programs, and which instruction set serves what.
 
 Shapes are checked, layouts are not converted. "rows" is a float32 [M, N] array; "lanes" is the same matrix stored [N, M], so
-that the M rows lie side by side in vector lanes. Functions whose first argument is a `Program` append a step; the others run at once.
+that the M rows lie side by side in vector lanes. Functions whose first argument is a `Program` append a step; the others run
+at once.
 `activation` is one of None, "relu", "gelu", "gelu_tanh", "tanh", "sigmoid", "silu". Results never depend on `threads`.
 """
 
@@ -100,7 +101,7 @@ class PackedDense:
 
 def pack_dense(weight: Weight, threads: int = 1) -> PackedDense: ...
 def linear_scratch(m: int, n: int, k: int, threads: int) -> int:
-    """Bytes of scratch that any of the three dense products of these sizes needs."""
+    """Bytes of scratch that any of the three dense products of these sizes needs; with less, they run on fewer threads."""
 
 def linear(
     program: Program,
@@ -125,7 +126,8 @@ def linear_grad_weight(program: Program, dy: Array, x: Array, weight: Weight, gr
     """
 
 # ---- nn: elementwise (any shape), normalisation, losses (float32 rows) ----
-# `out` or `dx` may be an input itself, except in column_sum, transpose, distillation_grad, and layer_norm_grad with dgamma or dbeta.
+# `out` or `dx` may be an input itself, except in column_sum, transpose, distillation_grad, and layer_norm_grad with dgamma or
+# dbeta.
 
 def activate(program: Program, kind: str, x: Array, out: Array) -> None: ...
 def activate_grad(program: Program, kind: str, dy: Array, x: Array, dx: Array) -> None:
@@ -186,7 +188,7 @@ def quantize_blocks(values: Array, row_offsets: Array, codes: Array, scale: Arra
     """The same for block values [blocks,r,c] and their row_offsets."""
 
 def codes_nbytes(m: int, k: int, layout: str) -> int:
-    """Bytes of an activation panel: layout "tile" for the dense product, "lanes" for the sparse one. A name for each kernel's own packing."""
+    """Bytes of an activation panel: layout "tile" for the dense product, "lanes" for the sparse one."""
 
 def quantize_activations(program: Program, x: Array, lanes: bool, layout: str, codes: Array, scales: Array) -> None:
     """Quantise float32 x per row m (rows [M,K], or lanes [K,M] if `lanes`) into a uint8 panel of `layout`; scales[M]."""
@@ -215,7 +217,7 @@ def linear_int8(
 # ---- sparse ----
 
 def kth_magnitude(x: Array, k: int, threads: int = 1) -> float:
-    """The exact k-th smallest |x| (k from 1) of a flat float32 array, by histogram of the bits, without a sort; NaN is refused."""
+    """The exact k-th smallest |x| (k from 1) of a flat float32 array, by a histogram of the bits; NaN is refused."""
 
 def block_magnitudes(weight: Array, block: tuple[int, int], out: Array, threads: int = 1) -> None:
     """out[n/r, k/c] = sum of squares of each block of weight[n,k], float32."""

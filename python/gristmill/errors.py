@@ -33,6 +33,10 @@ class DivergedError(GristmillError, ArithmeticError):
     """The loss or the gradients stopped being finite."""
 
 
+class ServingError(GristmillError, RuntimeError):
+    """A server cannot start as asked: an unsafe address, a port in use, an unusable key or certificate, a bad model name."""
+
+
 class MissingExtraError(GristmillError, ImportError):
     """An optional dependency is absent; the message holds the pip command that brings it."""
 

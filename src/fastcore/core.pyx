@@ -6,7 +6,7 @@ a `Program` append a step to it and keep the arrays alive; the others run at onc
 import os
 
 from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_FORMAT, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uintptr_t
 from libc.string cimport memset
 
 
@@ -80,13 +80,13 @@ cdef int check(fc_status status) except -1:
 cdef void *pointer(object array, str name, str kind, tuple shape, bint writable=False) except? NULL:
     """Return the address of a C-contiguous buffer after checking its item kind (struct format) and shape.
 
-    `kind` is one of f d b B h H i I q Q; None in `shape` admits any length. None for `array` gives NULL.
+    `kind` is one of f d b B h H i I q Q; None in `shape` admits any length.
     """
     cdef Py_buffer view
     cdef int i
     cdef void *address
     if array is None:
-        return NULL
+        raise TypeError(f"{name}: an array is needed, got None")
     PyObject_GetBuffer(array, &view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (PyBUF_WRITABLE if writable else 0))
     try:
         address = view.buf
@@ -103,6 +103,11 @@ cdef void *pointer(object array, str name, str kind, tuple shape, bint writable=
     finally:
         PyBuffer_Release(&view)
     return address
+
+
+cdef void *optional_pointer(object array, str name, str kind, tuple shape, bint writable=False) except? NULL:
+    """As `pointer`, but NULL for None."""
+    return NULL if array is None else pointer(array, name, kind, shape, writable)
 
 
 cdef class Program:
@@ -157,7 +162,7 @@ cdef class Weight:
         self.shape = (n, k)
         self.held = (values, scale, row_offsets, index)
         self.view.n, self.view.k = n, k
-        self.view.scale = <const float *>pointer(scale, "scale", "f", (n,))
+        self.view.scale = <const float *>optional_pointer(scale, "scale", "f", (n,))
         if row_offsets is None:
             self.view.kind = FC_DENSE_F32 if scale is None else FC_DENSE_S8
             self.view.values = pointer(values, "values", kind, (n, k))

@@ -23,7 +23,8 @@ unsigned fc_cpu_flags(void) {
     if (leaf7_a >= 1) __get_cpuid_count(7, 1, &leaf71_a, &b, &c, &d);
     const unsigned long long xcr0 = read_xcr0();
     /* leaf 1 ecx: FMA 12, POPCNT 23, F16C 29; leaf 7 ebx: AVX2 5, BMI2 8 */
-    if ((xcr0 & XCR0_YMM) != XCR0_YMM || !has(leaf1_c, 1u << 12 | 1u << 23 | 1u << 29) || !has(leaf7_b, 1u << 5 | 1u << 8)) return 0;
+    if ((xcr0 & XCR0_YMM) != XCR0_YMM || !has(leaf1_c, 1u << 12 | 1u << 23 | 1u << 29) || !has(leaf7_b, 1u << 5 | 1u << 8))
+        return 0;
     flags |= FC_CPU_AVX2;
     if (has(leaf71_a, 1u << 4)) flags |= FC_CPU_AVXVNNI;
     /* leaf 7 ebx: F 16, DQ 17, CD 28, BW 30, VL 31 */

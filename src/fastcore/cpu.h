@@ -5,7 +5,7 @@
 #include "isa.h"
 
 enum {
-    FC_CPU_AVX2 = 1 << 0, /* AVX2, FMA, F16C, BMI2 and the OS saves ymm */
+    FC_CPU_AVX2 = 1 << 0,   /* AVX2, FMA, F16C, BMI2 and the OS saves ymm */
     FC_CPU_AVX512 = 1 << 1, /* F, BW, DQ, VL, CD and the OS saves zmm */
     FC_CPU_AVX512VNNI = 1 << 2,
     FC_CPU_AVX512VBMI2 = 1 << 3,

@@ -20,9 +20,9 @@
 #endif
 
 enum {
-    SPINS = 2000,                 /* some 20-40 us of pause: longer than a balanced step's skew */
-    FIRST_PENALTY_NS = 20000000,  /* work alone for 20 ms after the first preemption seen ... */
-    LAST_PENALTY_NS = 320000000,  /* ... doubled up to this while it is seen again */
+    SPINS = 2000,                /* some 20-40 us of pause: longer than a balanced step's skew */
+    FIRST_PENALTY_NS = 20000000, /* work alone for 20 ms after the first preemption seen ... */
+    LAST_PENALTY_NS = 320000000, /* ... doubled up to this while it is seen again */
 };
 
 static void relax(void) {

@@ -120,6 +120,12 @@ def test_the_report_is_complete_and_json(model, data):
     assert "sparse_linear_int8" in str(report)
 
 
+def test_inputs_alone_are_enough_for_the_output_error(model, data):
+    _, report = gm.compress(model, [gm.Quantize()], data=data[0])
+    assert report.drop is None
+    assert 0 < report.stages[-1].error < 0.1
+
+
 def test_names_select_weights(model):
     small, _ = gm.compress(model, [gm.Quantize(names=("layer[01]*",), skip=("layer1*",))])
     assert [small.tensors[name].kind for name in small.weights] == ["quantized", "dense", "dense"]

@@ -67,6 +67,10 @@ def raw_infer(array, model="digits", **more):
     return {"model_name": model, "inputs": inputs, "raw_input_contents": [array.tobytes()], **more}
 
 
+def gate_request(number):
+    return messages.make("ModelInferRequest", **raw_infer(np.array([number], np.float32), "gate"))
+
+
 def exchange(port, data, timeout=20.0):
     """Send bytes to a port and return (status, header bytes, body) of what comes back; status 0 if the connection just ends."""
     with socket.create_connection(("127.0.0.1", port), timeout=timeout) as client:

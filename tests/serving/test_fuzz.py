@@ -18,8 +18,10 @@ from gristmill.serving.tensors import DTYPES
 
 ECHO = Echo()
 LIMITS = Limits(max_request_bytes=1 << 16)
-settings.register_profile("serving", deadline=None, max_examples=200)
-settings.load_profile("serving")
+
+
+def fuzz(*strategies):
+    return lambda test: settings(deadline=None, max_examples=200)(given(*strategies)(test))
 
 
 def rest(body, header=None):
@@ -73,18 +75,18 @@ requests = st.fixed_dictionaries(
 )
 
 
-@given(st.binary(max_size=400), st.none() | st.integers(-5, 500).map(str) | st.text(max_size=6))
+@fuzz(st.binary(max_size=400), st.none() | st.integers(-5, 500).map(str) | st.text(max_size=6))
 def test_rest_any_bytes(body, header):
     rest(body, header)
 
 
-@given(requests, st.binary(max_size=64), st.booleans())
+@fuzz(requests, st.binary(max_size=64), st.booleans())
 def test_rest_any_json(request, tail, binary):
     text = json.dumps(request).encode()
     rest(text + tail, str(len(text))) if binary else rest(text)
 
 
-@given(requests, st.data())
+@fuzz(requests, st.data())
 def test_rest_damaged_json(request, data):
     text = bytearray(json.dumps(request).encode())
     for _ in range(data.draw(st.integers(1, 4))):
@@ -92,7 +94,7 @@ def test_rest_damaged_json(request, data):
     rest(bytes(text))
 
 
-@given(st.sampled_from([name for name in DTYPES]), st.integers(0, 4), st.sampled_from(["flat", "nested", "binary"]), st.data())
+@fuzz(st.sampled_from(list(DTYPES)), st.integers(0, 4), st.sampled_from(["flat", "nested", "binary"]), st.data())
 def test_rest_round_trip(name, rows, form, data):
     dtype = DTYPES[name]
     wanted = np.frombuffer(data.draw(st.binary(min_size=rows * 2 * dtype.itemsize, max_size=rows * 2 * dtype.itemsize)), dtype)
@@ -118,7 +120,7 @@ def test_rest_round_trip(name, rows, form, data):
     assert json.loads(answer)["outputs"][0]["shape"] == [rows, 2]
 
 
-@given(st.integers(0, 300), st.sampled_from([(b"[", b"]"), (b'{"a":', b"}")]), st.text(max_size=20), st.integers(0, 60))
+@fuzz(st.integers(0, 300), st.sampled_from([(b"[", b"]"), (b'{"a":', b"}")]), st.text(max_size=20), st.integers(0, 60))
 def test_the_depth_check_is_exact(depth, pair, text, siblings):
     opening, closing = pair
     word = json.dumps(text + '"\\]]}}[[{{').encode()
@@ -141,7 +143,7 @@ def test_nothing_in_the_envelope_grows_far_beyond_its_bytes():
         assert rest(body) is None
 
 
-@given(st.binary(max_size=400))
+@fuzz(st.binary(max_size=400))
 def test_rpc_any_bytes(data):
     rpc(data)
 
@@ -174,7 +176,7 @@ messages_ = st.fixed_dictionaries(
 )
 
 
-@given(messages_, st.data())
+@fuzz(messages_, st.data())
 def test_rpc_any_and_damaged_messages(fields, data):
     text = bytearray(messages.make("ModelInferRequest", **fields).SerializeToString())
     rpc(bytes(text))
@@ -183,7 +185,7 @@ def test_rpc_any_and_damaged_messages(fields, data):
     rpc(bytes(text))
 
 
-@given(messages_)
+@fuzz(messages_)
 def test_the_field_count_agrees_with_the_parser(fields):
     message = messages.make("ModelInferRequest", **fields)
     count = sum(
@@ -194,7 +196,7 @@ def test_the_field_count_agrees_with_the_parser(fields):
     assert not count or messages.too_many_fields(data, count - 1)
 
 
-@given(st.lists(st.integers(0, 255), max_size=12).map(bytes))
+@fuzz(st.lists(st.integers(0, 255), max_size=12).map(bytes))
 def test_what_the_parser_takes_the_count_takes(data):
     try:
         messages.make("ServerLiveRequest").ParseFromString(data)

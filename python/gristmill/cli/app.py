@@ -68,7 +68,7 @@ app.command(
     epilog="Example: gristmill adapt --model small.safetensors --data local.npz --memory 4MiB --update bias "
     "--out adapted.safetensors"
 )(adapt.adapt)
-app.command(epilog="Example: gristmill serve digits=small.safetensors --http-port 8000 --grpc-port 8001")(serve.serve)
+app.command(epilog="Example: gristmill serve digits=small.safetensors --http-port 8080 --grpc-port 8081")(serve.serve)
 app.command(epilog="Example: gristmill run small.safetensors --data inputs.npz --out outputs.npz")(run.run)
 app.command(epilog="Example: gristmill inspect small.safetensors")(inspect.inspect)
 app.command(epilog="Example: GRISTMILL_ISA=avx2 gristmill kernels")(kernels.kernels)

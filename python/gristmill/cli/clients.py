@@ -37,7 +37,7 @@ def ask_rest(port: int, key: str, model: str, x: Array) -> Ask:
 def ask_grpc(port: int, key: str, model: str, x: Array) -> Ask:
     """Return a function that sends x over one gRPC channel and returns the logits."""
     try:
-        import grpc
+        import grpc  # type: ignore[import-untyped]
     except ImportError as error:
         raise MissingExtraError("grpcio", "serve") from error
     from gristmill.serving.messages import CLASSES, make

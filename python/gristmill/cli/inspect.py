@@ -35,7 +35,10 @@ def inspect(
     console.print(f"{model}: {model.stat().st_size:,} bytes, tensors {loaded.nbytes:,} bytes")
     for table in tables(facts):
         console.print(table)
-    console.print("provenance", json.dumps(facts["meta"], indent=1) if facts["meta"] else "(none)")
+    console.print("provenance" if facts["meta"] else "provenance: none")
+    for name, value in facts["meta"].items():
+        for item in value if isinstance(value, list) else [value]:
+            console.print(f"  {name}: {json.dumps(item, ensure_ascii=False)}")
 
 
 def describe(model: "Model") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`gristmill serve`."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -16,8 +17,8 @@ def serve(
         list[str], typer.Argument(metavar="NAME=PATH...", help="Model files; without NAME= the name is that of the file.")
     ],
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    http_port: Annotated[int, typer.Option(min=0, max=65535, help="For REST; 0 picks a free one.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="For gRPC; 0 picks a free one.")] = 8001,
+    http_port: Annotated[int, typer.Option(min=0, max=65535, help="For REST; 0 picks a free one.")] = 8080,
+    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="For gRPC; 0 picks a free one.")] = 8081,
     api_key_file: Annotated[
         Path | None, typer.Option(help=f"A file with the key that clients must give; or set {KEY_VARIABLE}.")
     ] = None,
@@ -32,7 +33,9 @@ def serve(
     key = read_key(api_key_file)
     import gristmill as gm
 
-    gm.serve(
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    secure = "s" if tls_cert else ""
+    server = gm.serve(
         {name: gm.load(path) for name, path in paths.items()},
         host=host,
         http_port=http_port,
@@ -40,7 +43,14 @@ def serve(
         api_key=key,
         tls=None if tls_cert is None or tls_key is None else (tls_cert, tls_key),
         insecure=insecure,
+        block=False,
     )
+    place = f"[{host}]" if ":" in host else host
+    print(
+        f"serving {', '.join(paths)} at http{secure}://{place}:{server.http_port} and grpc://{place}:{server.grpc_port}",
+        flush=True,
+    )
+    server.wait()
 
 
 def parse_models(texts: list[str]) -> dict[str, Path]:

@@ -54,7 +54,7 @@ class Distill(Pass):
         return {"pass": "Distill", **settings, **self.optimizer.describe()}
 
     def apply(self, model: Model, context: Context) -> Model:
-        if context.data is None:
+        if context.data is None or context.data[1] is None:
             raise DataError("Distill needs examples: pass data=(x, labels) to compress")
         x, labels = context.data
         teacher = self.teacher or context.teacher

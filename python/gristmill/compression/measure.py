@@ -14,17 +14,18 @@ from gristmill.runtime.timing import latency, random_inputs
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
 
+Examples = tuple[Array, Array | None]
 SAMPLE = 1024  # examples that the output error is taken on
 
 
 def measure_model(
-    name: str, model: Model, original: Model, data: tuple[Array, Array] | None, metric: str, seconds: float, threads: int
+    name: str, model: Model, original: Model, data: Examples | None, metric: str, seconds: float, threads: int
 ) -> Stage:
     """Measure a whole model: metric and output error on data where there is any, sizes, and latency on this machine."""
     session = Session(model, threads=threads)
     return Stage(
         name=name,
-        metric=None if data is None else evaluate(model, data, metric=metric),
+        metric=None if data is None or data[1] is None else evaluate(model, (data[0], data[1]), metric=metric),
         error=output_error(model, original, data, threads),
         file_bytes=len(native.to_bytes(model)),
         weight_bytes=model.nbytes,
@@ -34,7 +35,7 @@ def measure_model(
     )
 
 
-def output_error(model: Model, original: Model, data: tuple[Array, Array] | None, threads: int) -> float:
+def output_error(model: Model, original: Model, data: Examples | None, threads: int) -> float:
     """Return |y - y0| / |y0| over the first output, on data where there is any, else on random inputs."""
     inputs = random_inputs(original, SAMPLE)
     if data is not None:

@@ -15,7 +15,7 @@ from gristmill.tensor.parts import Array
 def compress(
     model: Model,
     recipe: Sequence[Pass],
-    data: tuple[Array, Array] | None = None,
+    data: Array | tuple[Array, Array] | None = None,
     *,
     validation: tuple[Array, Array] | None = None,
     metric: str = "accuracy",
@@ -28,7 +28,7 @@ def compress(
     Args:
         model: what to compress; also the teacher, unless a `Distill` names another.
         recipe: passes in order, such as `[Clip(), Prune(0.8), Distill(), Quantize("int8")]`.
-        data: (x, labels) that passes train on; `Distill` needs it.
+        data: (x, labels) that passes train on; `Distill` needs both. x alone is enough to report the output error.
         validation: (x, labels) that the report measures the metric and the output error on; default: `data`.
         metric: of `evaluate`.
         seed: of everything random.
@@ -43,14 +43,15 @@ def compress(
 
     Example:
         >>> import gristmill as gm
-        >>> small, report = gm.compress(gm.zoo.mlp([64, 32]), [gm.Prune(0.8), gm.Quantize("int8")])
+        >>> small, report = gm.compress(gm.zoo.mlp([256, 256]), [gm.Prune(0.8), gm.Quantize("int8")])
         >>> report.bytes_after < report.bytes_before / 8
         True
     """
     if not recipe or not all(isinstance(step, Pass) for step in recipe):
         raise ModelError(f"a recipe is a list of passes such as [Clip(), Prune(0.8), Quantize()], got {recipe!r}")
-    context = Context(model, data, seed, check_threads(threads), progress)
-    checked = data if validation is None else validation
+    examples = data if data is None or isinstance(data, tuple) else (data, None)
+    context = Context(model, examples, seed, check_threads(threads), progress)
+    checked = examples if validation is None else validation
     stages = [measure_model("original", model, model, checked, metric, 0.0, context.threads)]
     current = model
     for step in recipe:

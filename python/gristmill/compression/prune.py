@@ -21,7 +21,8 @@ class Prune(Pass):
     Args:
         sparsity: share of the weights to drop, in (0, 1).
         pattern: "1x4" (one output, four neighbouring inputs: fast in int8 and float32) or "unstructured".
-        scope: "global" ranks the blocks of all weights together, "layer" prunes each weight to the same share.
+        scope: "layer" prunes each weight to the same share, "global" ranks the blocks of all weights together, which can all but
+            empty a small last layer.
         names: shell patterns of the weights to prune; none for all.
         skip: shell patterns of weights to leave.
 
@@ -39,7 +40,7 @@ class Prune(Pass):
 
     sparsity: float
     pattern: str = "1x4"
-    scope: str = "global"
+    scope: str = "layer"
     names: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
 

@@ -16,14 +16,14 @@ class Context:
 
     Args:
         teacher: the model that entered `compress`.
-        data: inputs and labels or targets, or None.
+        data: inputs, and labels or targets where there are any; or None.
         seed: of everything random.
         threads: for kernels.
         progress: whether long passes show a progress bar; None for where a terminal listens.
     """
 
     teacher: Model
-    data: tuple[Array, Array] | None
+    data: tuple[Array, Array | None] | None
     seed: int
     threads: int
     progress: bool | None

@@ -18,6 +18,7 @@ from gristmill.optim import SGD, Optimizer, State
 from gristmill.runtime.arena import Memory
 from gristmill.runtime.session import Session
 from gristmill.tensor.parts import Array
+from gristmill.training.progress import Bar
 
 METHODS = ("mini-batch", "gradient-descent")
 UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -96,7 +97,15 @@ class EdgeTrainer:
         self.threads = threads
 
     def fit(
-        self, x: Array, y: Array, *, method: str = "mini-batch", epochs: int = 10, batch_size: int = 16, seed: int = 0
+        self,
+        x: Array,
+        y: Array,
+        *,
+        method: str = "mini-batch",
+        epochs: int = 10,
+        batch_size: int = 16,
+        seed: int = 0,
+        progress: bool | None = None,
     ) -> EdgeResult:
         """Adapt the model to local data.
 
@@ -108,6 +117,7 @@ class EdgeTrainer:
             epochs: passes over the data.
             batch_size: of the mini-batch method.
             seed: of the order.
+            progress: show a bar on stderr; None for: where that is a terminal.
 
         Raises:
             BudgetError: the budget is too small; `needed_bytes` says what would do. Nothing was allocated.
@@ -121,7 +131,11 @@ class EdgeTrainer:
         if epochs < 1 or batch < 1:
             raise ModelError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
         run = _Run(self, batch)
-        losses = [run.epoch(inputs, order) for order in _orders(len(x), epochs, seed, shuffle=method == "mini-batch")]
+        losses = []
+        with Bar(progress, epochs, steps=-(-len(x) // batch)) as bar:
+            for epoch, order in enumerate(_orders(len(x), epochs, seed, shuffle=method == "mini-batch")):
+                losses.append(run.epoch(inputs, order))
+                bar.epoch(epoch, losses[-1], {})
         peak = run.memory.peak
         return EdgeResult(run.finish(), run.plan.nbytes, peak, run.plan, {"loss": np.array(losses)})
 

@@ -31,6 +31,7 @@ class Linear(Op):
         need(constants[1] is not None, node, f"its weight '{node.inputs[1]}' must be a tensor of the model")
         need(len(weight.shape) == 2 and len(x.shape) >= 1, node, f"cannot multiply {x} by a weight {weight}")
         n, k = weight.shape
+        need(x.dtype == weight.dtype, node, f"x is {x} but weight '{node.inputs[1]}' is {weight}: the dtypes must be equal")
         need(
             same_dim(x.shape[-1], k),
             node,

@@ -1,6 +1,6 @@
 """Servers of models: the Open Inference Protocol, version 2, over REST and gRPC."""
 
-from gristmill.serving.refusal import ServingError
+from gristmill.errors import ServingError
 from gristmill.serving.server import Server, serve
 
 __all__ = ["Server", "ServingError", "serve"]

@@ -7,8 +7,8 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from gristmill.errors import ServingError
 from gristmill.serving.limits import HEADER_BYTES, Limits
-from gristmill.serving.refusal import ServingError
 from gristmill.serving.security import Tls
 
 

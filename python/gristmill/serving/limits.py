@@ -5,7 +5,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from gristmill.serving.refusal import ClientGone, Reason, Refusal, ServingError, need
+from gristmill.errors import ServingError
+from gristmill.serving.refusal import ClientGone, Reason, Refusal, need
 
 MIB = 1 << 20
 MAX_RANK = 32

@@ -1,12 +1,6 @@
-"""Why a request is turned away, in the words of both protocols, and what serving raises to its caller."""
+"""Why a request is turned away, in the words of both protocols."""
 
 from enum import Enum
-
-from gristmill.errors import GristmillError
-
-
-class ServingError(GristmillError, RuntimeError):
-    """A server cannot start as asked: an unsafe address, a port in use, an unusable key or certificate, a bad model name."""
 
 
 class Reason(Enum):

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from gristmill.errors import ModelError
+from gristmill.errors import ModelError, ServingError
 from gristmill.model import Model
 from gristmill.ops import TensorType
 from gristmill.runtime.session import Session
 from gristmill.serving.limits import MAX_RANK, Limits
-from gristmill.serving.refusal import Reason, Refusal, ServingError, need
+from gristmill.serving.refusal import Reason, Refusal, need
 from gristmill.serving.tensors import DATATYPES, Array
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -73,7 +73,7 @@ class HostedModel:
         self._warm_up()
 
     def _warm_up(self) -> None:
-        """Run once on zeros, every dimension that may vary taken as 1: weights get packed, and a model that cannot run fails now."""
+        """Run once on zeros, varying dimensions taken as 1: weights get packed, and a model that cannot run fails now."""
         shapes = {name: [1 if isinstance(dim, str) else dim for dim in port.shape] for name, port in self.inputs.items()}
         try:
             self.run({name: np.zeros(shapes[name], port.dtype) for name, port in self.inputs.items()})

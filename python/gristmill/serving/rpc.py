@@ -6,9 +6,10 @@ from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 
+from gristmill.errors import ServingError
 from gristmill.serving import messages, rpc_codec
 from gristmill.serving.core import EXTENSIONS, SERVER_NAME, Call, Core, version
-from gristmill.serving.refusal import Reason, Refusal, ServingError
+from gristmill.serving.refusal import Reason, Refusal
 from gristmill.serving.registry import VERSION, Port
 from gristmill.serving.security import ApiKey
 

@@ -10,7 +10,7 @@ import ssl
 from collections.abc import Iterable
 from pathlib import Path
 
-from gristmill.serving.refusal import ServingError
+from gristmill.errors import ServingError
 
 log = logging.getLogger("gristmill.serving")
 

@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Protocol
 
-from gristmill.errors import MissingExtraError
+from gristmill.errors import MissingExtraError, ServingError
 from gristmill.model import Model
 from gristmill.runtime.threads import default_threads
 from gristmill.serving.core import Core
 from gristmill.serving.limits import MIB, Limits
-from gristmill.serving.refusal import ServingError
 from gristmill.serving.registry import ModelSource, Registry, host_models
 from gristmill.serving.security import ApiKey, Tls, bind_address, check_exposure, read_tls
 
@@ -231,7 +230,7 @@ class Server:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stopping: asyncio.Future[float] = self._loop.create_future()
-        core = Core(self._registry, self._limits)
+        self._core = core = Core(self._registry, self._limits)
         try:
             fronts = await self._open(core)
             core.ready = True

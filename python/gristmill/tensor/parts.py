@@ -46,7 +46,7 @@ def matrix_shape(spec: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def with_gain(codes: Array, scale: Array, gain: Array, rows_of_codes: Array) -> tuple[Array, Array]:
-    """Return (codes, scale) of an int8 tensor whose rows are multiplied by `gain`; the scale stays positive, signs go to the codes.
+    """Return (codes, scale) of an int8 tensor whose rows are multiplied by `gain`. Scales stay positive; signs go to the codes.
 
     Args:
         codes: int8, any shape whose first dimensions `rows_of_codes` broadcasts over.

@@ -166,8 +166,8 @@ def _from_bitmask(parts: Mapping[str, Array], dtype: str, n: int, k: int) -> tup
     mask = np.unpackbits(bits, axis=1, bitorder="little")
     if mask[:, k:].any():
         raise FormatError("the bitmask marks elements beyond the last column")
+    values = take(parts, "_values", dtype, (int(np.count_nonzero(mask[:, :k])),))  # before the positions take eight bytes each
     rows, columns = np.nonzero(mask[:, :k])
-    values = take(parts, "_values", dtype, (len(rows),))
     row_offsets = np.zeros(n + 1, np.int32)
     np.cumsum(np.bincount(rows, minlength=n), out=row_offsets[1:])
     return values.reshape(-1, 1, 1), row_offsets, columns.astype(np.int32)

@@ -50,7 +50,8 @@ class Bar:
     def epoch(self, epoch: int, loss: float, metrics: Mapping[str, float]) -> None:
         """Tell of the end of an epoch."""
         self._metrics = "".join(f", {name} {value:.4g}" for name, value in metrics.items())
-        if self._bar is not None:
+        last = epoch + 1 == self._epochs
+        if self._bar is not None and (last or metrics or monotonic() >= self._drawn + REDRAW_SECONDS):
             self._draw(epoch, self._steps, loss)
 
     def _draw(self, epoch: int, batch: int, loss: float) -> None:

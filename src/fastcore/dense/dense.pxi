@@ -109,8 +109,8 @@ def linear(Program program not None, x, weight, out, bias, activation, residual,
     args.m = len(x)
     args.x = <const float *>pointer(x, "x", "f", (args.m, args.k))
     args.out = <float *>pointer(out, "out", "f", (args.m, args.n), True)
-    args.bias = <const float *>pointer(bias, "bias", "f", (args.n,))
-    args.residual = <const float *>pointer(residual, "residual", "f", (args.m, args.n))
+    args.bias = <const float *>optional_pointer(bias, "bias", "f", (args.n,))
+    args.residual = <const float *>optional_pointer(residual, "residual", "f", (args.m, args.n))
     args.activation = ACTIVATIONS[activation]
     args.scratch = pointer(scratch, "scratch", "B", (None,), True)
     args.scratch_bytes = scratch_size(scratch, args.m, args.n, args.k)

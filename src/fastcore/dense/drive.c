@@ -172,7 +172,7 @@ static void finish(const product *p, block at, int64_t j, int64_t cols) {
 
 /* Every column in [j, end) against one packed block of A. */
 static void sweep_columns(const product *p, block at, int64_t j, int64_t end, const workspace *ws) {
-    const int64_t width = fc_kernels.gemm_cols, few = panel_count(at.rows) <= 2, start = j;
+    const int64_t width = fc_kernels.gemm_cols, start = j;
     if (is_direct(p) && panel_count(at.rows) == 1) {
         const int64_t cols = p->packed ? end - j : (end - j) / width * width;
         multiply_slab(p, at, direct_slab(p, j, at.depth), j, cols, 0, at.depths, ws);
@@ -182,8 +182,8 @@ static void sweep_columns(const product *p, block at, int64_t j, int64_t end, co
     const int64_t step = chunk(at.depths, fc_kernels.gemm_depth);
     for (; j < end; j += width) {
         const int64_t cols = smaller(width, end - j);
-        /* Copying a panel pays when more than two tiles read it; the last one may not be read past its end. */
-        const int direct = p->packed || (is_direct(p) && few && cols == width);
+        /* The last panel of a matrix in place may not be read past its end. */
+        const int direct = p->packed || (is_direct(p) && cols == width);
         int64_t offset = 0;
         do {
             const int64_t depths = smaller(step, at.depths - offset);

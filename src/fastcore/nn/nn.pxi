@@ -74,7 +74,7 @@ cdef int add_elementwise(
     shape = tuple(a[0].shape)
     e.kind, e.factor, e.n = ACTIVATIONS[kind], factor, items(shape)
     e.a = <const float *>pointer(a[0], a[1], "f", shape)
-    e.b = <const float *>pointer(b[0], b[1], "f", shape)
+    e.b = <const float *>optional_pointer(b[0], b[1], "f", shape)
     e.out = <float *>pointer(out[0], out[1], "f", shape, True)
     return program.add(run, &e, sizeof(e), (a[0], b[0], out[0]))
 
@@ -125,8 +125,8 @@ def layer_norm(Program program, x not None, gamma, beta, float epsilon, out not 
     cdef fc_rows a
     rows_of(&a, x)
     a.epsilon = epsilon
-    a.gamma = <const float *>pointer(gamma, "gamma", "f", (a.n,))
-    a.beta = <const float *>pointer(beta, "beta", "f", (a.n,))
+    a.gamma = <const float *>optional_pointer(gamma, "gamma", "f", (a.n,))
+    a.beta = <const float *>optional_pointer(beta, "beta", "f", (a.n,))
     a.out = <float *>pointer(out, "out", "f", (a.m, a.n), True)
     program.add(fc_nn_layer_norm, &a, sizeof(a), (x, gamma, beta, out))
 
@@ -138,10 +138,10 @@ def layer_norm_grad(Program program, dy not None, x not None, gamma, float epsil
     rows_of(&a, x)
     a.epsilon = epsilon
     a.dy = <const float *>pointer(dy, "dy", "f", (a.m, a.n))
-    a.gamma = <const float *>pointer(gamma, "gamma", "f", (a.n,))
+    a.gamma = <const float *>optional_pointer(gamma, "gamma", "f", (a.n,))
     a.out = <float *>pointer(dx, "dx", "f", (a.m, a.n), True)
-    a.dgamma = <float *>pointer(dgamma, "dgamma", "f", (a.n,), True)
-    a.dbeta = <float *>pointer(dbeta, "dbeta", "f", (a.n,), True)
+    a.dgamma = <float *>optional_pointer(dgamma, "dgamma", "f", (a.n,), True)
+    a.dbeta = <float *>optional_pointer(dbeta, "dbeta", "f", (a.n,), True)
     if dgamma is None and dbeta is None:
         program.add(fc_nn_layer_norm_grad, &a, sizeof(a), (dy, x, gamma, dx))
         return
@@ -185,7 +185,7 @@ cdef int logits_of(fc_loss *a, logits, labels, teacher) except -1:
     a.m, a.n = logits.shape
     a.count = a.m
     a.labels = <const int64_t *>pointer(labels, "labels", "q", (a.m,))
-    a.target = <const float *>pointer(teacher, "teacher", "f", (a.m, a.n))
+    a.target = <const float *>optional_pointer(teacher, "teacher", "f", (a.m, a.n))
     return 0
 
 

@@ -55,20 +55,12 @@ cdef int check_depth(int64_t k) except -1:
     return 0
 
 
-cdef int check_given(tuple arrays) except -1:
-    """Refuse None where `pointer` would pass it on as NULL."""
-    if any([array is None for array in arrays]):
-        raise TypeError("an array is missing")
-    return 0
-
-
 def quantize_weight(weight, codes, scale, int threads=1):
     """Quantise float32 weight[n, k] per row: scale[n] = max|w| / 127 (1 where the row is 0), codes = round half even(w / scale).
 
     A row with a value that is not finite gets scale NaN and codes 0.
     """
     cdef fc_quantize_weight_args args
-    check_given((weight, codes, scale))
     memset(&args, 0, sizeof(args))
     args.values = <const float *>pointer(weight, "weight", "f", (None, None))
     args.n, args.k = weight.shape
@@ -81,7 +73,6 @@ def quantize_blocks(values, row_offsets, codes, scale, int threads=1):
     """Quantise block values[blocks, r, c] per row of the matrix; row_offsets[n / r + 1] say which blocks a row group owns."""
     cdef fc_quantize_weight_args args
     cdef int64_t blocks, groups
-    check_given((values, row_offsets, codes, scale))
     memset(&args, 0, sizeof(args))
     args.values = <const float *>pointer(values, "values", "f", (None, None, None))
     blocks, args.block_rows, args.block_columns = values.shape
@@ -114,7 +105,6 @@ def quantize_activations(Program program not None, x, bint lanes, str layout, co
     value that is not finite has scale NaN, and so has every output computed from it.
     """
     cdef fc_quantize_activations_args args
-    check_given((x, codes, scales))
     args.x = <const float *>pointer(x, "x", "f", (None, None))
     args.m, args.k = x.shape[::-1] if lanes else x.shape
     args.x_lanes = lanes
@@ -166,14 +156,13 @@ def linear_int8(
     `residual` may be `out` itself. weight_scale is read at every run.
     """
     cdef fc_linear_int8_args args
-    check_given((codes, scales, weight_scale, out))
     n, k = weight.shape
     args.codes = <const uint8_t *>pointer(codes, "codes", "B", (codes_nbytes(m, k, "tile"),))
     args.scales = <const float *>pointer(scales, "scales", "f", (m,))
     args.weight = &weight.packed
     args.weight_scale = <const float *>pointer(weight_scale, "weight_scale", "f", (n,))
-    args.bias = <const float *>pointer(bias, "bias", "f", (n,))
-    args.residual = <const float *>pointer(residual, "residual", "f", (m, n))
+    args.bias = <const float *>optional_pointer(bias, "bias", "f", (n,))
+    args.residual = <const float *>optional_pointer(residual, "residual", "f", (m, n))
     args.out = <float *>pointer(out, "out", "f", (m, n), True)
     args.m = m
     if activation not in ACTIVATIONS:

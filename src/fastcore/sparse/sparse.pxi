@@ -1,5 +1,4 @@
 # The sparse family's part of the border.
-import numpy
 
 from libc.string cimport memcpy
 
@@ -110,6 +109,8 @@ def pack_blocks(object weight not None, object mask not None, tuple block not No
         blocks = fc_blocks_count(keep, entries)
     if blocks > 0x7fffffff:
         raise ValueError(f"{blocks} blocks are more than an int32 index can count")
+    import numpy  # here, so that loading the extension does not load NumPy
+
     values = numpy.empty((blocks, r, c), numpy.float32)
     row_offsets, index = numpy.empty(grid[0] + 1, numpy.int32), numpy.empty(blocks, numpy.int32)
     cdef float *packed = <float *>pointer(values, "values", "f", (blocks, r, c), True)
@@ -158,6 +159,8 @@ cdef class PackedBlocks:
         if view.kind == FC_BLOCKS_S8 and view.k >= 1 << 17:
             raise ValueError(f"weight: int32 sums hold fewer than {1 << 17} products of int8, got {view.k}")
         groups = view.n // view.block_rows
+        import numpy
+
         cut_array = numpy.empty((fc_blocks_split_k(view).count + 1, groups), numpy.int32)
         cuts = <int32_t *>pointer(cut_array, "cuts", "i", (None, groups), True)
         sum_array = None
@@ -191,8 +194,8 @@ cdef int bind_epilogue(fc_sparse_linear *a, object out, object bias, object acti
         raise ValueError(f"unknown activation {activation!r}; choose one of {sorted(ACTIVATIONS, key=str)}")
     a.activation = ACTIVATIONS[activation]
     a.out = <float *>pointer(out, "out", "f", (a.weight.n, a.m), True)
-    a.bias = <const float *>pointer(bias, "bias", "f", (a.weight.n,))
-    a.residual = <const float *>pointer(residual, "residual", "f", (a.weight.n, a.m))
+    a.bias = <const float *>optional_pointer(bias, "bias", "f", (a.weight.n,))
+    a.residual = <const float *>optional_pointer(residual, "residual", "f", (a.weight.n, a.m))
     return 0
 
 

@@ -123,7 +123,7 @@ def linear_oracle(inputs: Arrays) -> Arrays:
 
 
 def linear_bound(inputs: Arrays, wanted: Arrays) -> Arrays:
-    """k products and sums, the scale and the bias; activations steepen errors by 1.13 at most and add theirs; one more sum."""
+    """k products and sums, scale, bias; an activation steepens errors by 1.13 at most, adds its own; a last sum."""
     magnitude = np.abs(inputs["x"]).astype(np.float64) @ np.abs(dense_weight(inputs)).T
     bound = (inputs["x"].shape[1] + 3) * UNIT * (magnitude + (0 if inputs["bias"] is None else np.abs(inputs["bias"])))
     if inputs["activation"] is not None:
@@ -212,27 +212,24 @@ def grad_shape(inputs: Arrays) -> tuple[int, ...]:
 # ---- rows: tiles of 4 x 8, 6 x 16 and 12 x 32 and their neighbours, depths around 256 and 768, and nothing at all ----
 
 SHAPES = (
-    *((0, 5, 7), (5, 0, 7), (5, 7, 0), (1, 1, 1), (1, 65, 33), (1, 129, 40), (2, 16, 15), (3, 17, 16), (5, 31, 17), (6, 32, 31)),
-    *((7, 33, 32), (11, 15, 65), (12, 64, 16), (13, 48, 70), (25, 63, 9), (37, 100, 130), (130, 40, 257), (9, 21, 1601)),
-    *((26, 1601, 12), (900, 13, 33)),
+    *((0, 5, 7), (5, 0, 7), (5, 7, 0), (1, 1, 1), (1, 65, 33), (1, 129, 40), (2, 16, 15), (3, 17, 16), (5, 31, 17)),
+    *((6, 32, 31), (7, 33, 32), (11, 15, 65), (12, 64, 16), (13, 48, 70), (25, 63, 9), (37, 100, 130), (130, 40, 257)),
+    *((9, 21, 1601), (26, 1601, 12), (900, 13, 33)),
+)
+BLOCK_SHAPES = (  # m, row groups, column groups, rows and columns of a block
+    *((0, 3, 4, 1, 4), (4, 0, 4, 1, 4), (4, 3, 0, 1, 4), (1, 1, 1, 1, 1), (2, 9, 33, 1, 1), (5, 40, 20, 1, 4)),
+    *(
+        (13, 70, 11, 1, 4),
+        (30, 20, 30, 4, 4),
+        (26, 7, 5, 16, 1),
+        (17, 13, 9, 3, 5),
+        (7, 2, 3, 7, 100),
+        (27, 1, 2, 70, 130),
+    ),
+    *((3, 11, 420, 2, 4), (14, 401, 9, 4, 3)),
 )
 DENSE_SIZES = tuple((*shape, i % len(OPTIONS)) for i, shape in enumerate(SHAPES))
-BLOCK_SIZES = tuple(
-    (m, n * r, k * c, r, c, i % len(OPTIONS))
-    for i, ((m, n, k), (r, c)) in enumerate(
-        [
-            *(((0, 3, 4), (1, 4)), ((4, 0, 4), (1, 4)), ((4, 3, 0), (1, 4)), ((1, 1, 1), (1, 1)), ((2, 9, 33), (1, 1))),
-            *(
-                ((5, 40, 20), (1, 4)),
-                ((13, 70, 11), (1, 4)),
-                ((30, 20, 30), (4, 4)),
-                ((26, 7, 5), (16, 1)),
-                ((17, 13, 9), (3, 5)),
-            ),
-            *(((7, 2, 3), (7, 100)), ((27, 1, 2), (70, 130)), ((3, 11, 420), (2, 4)), ((14, 401, 9), (4, 3))),
-        ]
-    )
-)
+BLOCK_SIZES = tuple((m, n * r, k * c, r, c, i % len(OPTIONS)) for i, (m, n, k, r, c) in enumerate(BLOCK_SHAPES))
 BENCH = ((128, 3072, 768), (512, 768, 3072), (128, 1536, 384), (1, 3072, 768), (16, 512, 64), (64, 512, 512))
 
 
@@ -241,7 +238,7 @@ def work(size: Size) -> Work:
     return Work(operations=2.0 * m * n * k, bytes=4.0 * n * k, limit="dram" if m == 1 else "fma")
 
 
-def rows(name: str, slots: tuple[str, ...], output: str, shape, dtype, build, oracle, bound, forms=FORMS) -> list[Case]:
+def rows(name: str, slots: tuple[str, ...], output: str, shape, build, oracle, bound) -> list[Case]:
     """One case for each form of weight."""
     return [
         Case(
@@ -249,7 +246,7 @@ def rows(name: str, slots: tuple[str, ...], output: str, shape, dtype, build, or
             slots=(*slots, *(("expand_s8_f32",) if "int8" in form else ())),
             sizes=BLOCK_SIZES if "blocks" in form else DENSE_SIZES,
             inputs=partial(draw, form=form),
-            outputs=lambda inputs: {output: (shape(inputs), dtype)},
+            outputs=lambda inputs: {output: (shape(inputs), np.float32)},
             run=partial(run, build),
             oracle=oracle,
             bound=bound,
@@ -257,7 +254,7 @@ def rows(name: str, slots: tuple[str, ...], output: str, shape, dtype, build, or
             bench=tuple((*size, *((4, 4) if "blocks" in form else ()), 1) for size in BENCH),
             work=work,
         )
-        for form in forms
+        for form in FORMS
     ]
 
 
@@ -265,17 +262,16 @@ def product_shape(inputs: Arrays) -> tuple[int, ...]:
     return inputs["dy"].shape
 
 
+def input_shape(inputs: Arrays) -> tuple[int, ...]:
+    return inputs["x"].shape
+
+
 LINEAR = ("gemm_f32", "pack_rows_f32", "epilogue_f32")
 GRAD_INPUT = ("gemm_f32", "pack_rows_f32", "pack_columns_f32")
 GRAD_WEIGHT = ("gemm_f32", "pack_columns_f32", "dot_f32")
 CASES: list[Case] = [
-    *rows("linear_packed", LINEAR, "out", product_shape, np.float32, build_packed, linear_oracle, linear_bound),
-    *rows("linear_in_place", LINEAR, "out", product_shape, np.float32, build_in_place, linear_oracle, linear_bound),
-    *rows(
-        "linear_grad_input", GRAD_INPUT, "dx", lambda i: i["x"].shape, np.float32, build_grad_input, grad_input_oracle,
-        grad_input_bound,
-    ),
-    *rows(
-        "linear_grad_weight", GRAD_WEIGHT, "grad", grad_shape, np.float32, build_grad_weight, grad_weight_oracle, grad_weight_bound
-    ),
-]  # fmt: skip
+    *rows("linear_packed", LINEAR, "out", product_shape, build_packed, linear_oracle, linear_bound),
+    *rows("linear_in_place", LINEAR, "out", product_shape, build_in_place, linear_oracle, linear_bound),
+    *rows("linear_grad_input", GRAD_INPUT, "dx", input_shape, build_grad_input, grad_input_oracle, grad_input_bound),
+    *rows("linear_grad_weight", GRAD_WEIGHT, "grad", grad_shape, build_grad_weight, grad_weight_oracle, grad_weight_bound),
+]

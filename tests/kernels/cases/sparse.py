@@ -194,9 +194,7 @@ def finish(inputs, total, error):
         error = error + EPSILON * (np.abs(total) + error)
     result = reference_activation(inputs["activation"], total)
     # The slope of every activation is below 1.13, and each is held to 4e-7 of its argument by its own tests.
-    error = 1.13 * error + (
-        4e-7 * (np.abs(total) + error) + 1e-30 if inputs["activation"] not in (None, "relu") else 0.0
-    )
+    error = 1.13 * error + (4e-7 * (np.abs(total) + error) + 1e-30 if inputs["activation"] not in (None, "relu") else 0.0)
     if inputs["residual"] is not None:
         result = result + inputs["residual"]
         error = error + EPSILON * (np.abs(result) + error)
@@ -319,10 +317,7 @@ def int8_run(inputs, outputs, threads):
 def int8_answer(inputs):
     m, (n, k) = inputs["m"], inputs["shape"]
     weight = expand(inputs["values"], inputs["row_offsets"], inputs["index"], n, k)
-    q = (
-        inputs["codes"].reshape(k // 4, -(-m // 16) * 16, 4)[:, :m].transpose(0, 2, 1).reshape(k, m).astype(np.float64)
-        - 128
-    )
+    q = inputs["codes"].reshape(k // 4, -(-m // 16) * 16, 4)[:, :m].transpose(0, 2, 1).reshape(k, m).astype(np.float64) - 128
     total = (weight @ q) * (inputs["scales"].astype(np.float64) * inputs["weight_scale"].astype(np.float64)[:, None])
     # three roundings: of the int32 sum, of the product of the scales, and of their product
     return finish(inputs, total, 3.001 * EPSILON * np.abs(total))

@@ -1,0 +1,218 @@
+"""What the dense products refuse, and what holds beyond one call: the same bits for any batch, packing or threads."""
+
+import numpy as np
+import pytest
+
+from gristmill import _core
+from kernels.cases import dense as cases
+
+LEVELS = ("scalar", "avx2", "avx512")
+M, N, K = 26, 70, 300
+
+
+@pytest.fixture(autouse=True)
+def restore_isa():
+    yield
+    _core.set_isa(None)
+
+
+@pytest.fixture
+def drawn():
+    return cases.draw(np.random.default_rng(3), (M, N, K, 3), "float32")
+
+
+def scratch_for(m=M, n=N, k=K, threads=1):
+    return np.empty(_core.linear_scratch(m, n, k, threads), np.uint8)
+
+
+def linear(x, weight, bias=None, activation=None, residual=None, threads=1):
+    n, k = weight.shape
+    out = np.full((len(x), n), np.nan, np.float32)
+    program = _core.Program()
+    _core.linear(program, x, weight, out, bias, activation, residual, scratch_for(len(x), n, k, threads))
+    program.run(threads)
+    return out
+
+
+def grad_input(dy, weight, threads=1):
+    n, k = weight.shape
+    dx = np.full((len(dy), k), np.nan, np.float32)
+    program = _core.Program()
+    _core.linear_grad_input(program, dy, weight, dx, scratch_for(len(dy), n, k, threads))
+    program.run(threads)
+    return dx
+
+
+def grad_weight(dy, x, weight, shape):
+    grad = np.full(shape, np.nan, np.float32)
+    program = _core.Program()
+    _core.linear_grad_weight(program, dy, x, weight, grad, scratch_for(len(x), *weight.shape))
+    program.run()
+    return grad
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("form", cases.FORMS)
+def test_packed_and_in_place_agree_to_the_bit(level, form):
+    _core.set_isa(level)
+    inputs = cases.draw(np.random.default_rng(1), (M, 72, K, 3, 4, 3), form)
+    weight = cases.weight_of(inputs)
+    packed = _core.pack_dense(weight, 2)
+    assert packed.shape == (72, K)
+    assert packed.nbytes >= 4 * 72 * K
+    arguments = inputs["bias"], inputs["activation"]
+    np.testing.assert_array_equal(linear(inputs["x"], packed, *arguments), linear(inputs["x"], weight, *arguments))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_row_does_not_depend_on_its_batch(level, drawn):
+    _core.set_isa(level)
+    x, bias, weight = drawn["x"], drawn["bias"], cases.weight_of(drawn)
+    together = linear(x, _core.pack_dense(weight), bias, "gelu")
+    alone = [linear(x[i : i + 1], _core.pack_dense(weight), bias, "gelu")[0] for i in range(M)]
+    np.testing.assert_array_equal(together, np.array(alone))
+    together = grad_input(drawn["dy"], weight)
+    np.testing.assert_array_equal(together, np.array([grad_input(drawn["dy"][i : i + 1], weight)[0] for i in range(M)]))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("m", [1, 12, 40])
+def test_more_threads_than_scratch_change_nothing(level, m):
+    _core.set_isa(level)
+    inputs = cases.draw(np.random.default_rng(2), (m, N, K, 0), "float32")
+    wanted = linear(inputs["x"], cases.weight_of(inputs))
+    out = np.empty_like(wanted)
+    program = _core.Program()
+    _core.linear(program, inputs["x"], cases.weight_of(inputs), out, None, None, None, scratch_for(m))
+    program.run(4)
+    np.testing.assert_array_equal(out, wanted)
+
+
+def test_a_weight_is_read_at_every_run(drawn):
+    values = drawn["values"].copy()
+    weight = _core.Weight(values, (N, K))
+    out = np.empty((M, N), np.float32)
+    program = _core.Program()
+    _core.linear(program, drawn["x"], weight, out, None, None, None, scratch_for())
+    program.run()
+    before = out.copy()
+    values *= 2
+    program.run()
+    np.testing.assert_array_equal(out, 2 * before)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_nan_and_infinity_stay_in_their_row_and_column(level, drawn):
+    _core.set_isa(level)
+    x, values = drawn["x"].copy(), drawn["values"].copy()
+    x[7, 100], values[65, 20] = np.nan, np.inf
+    out = linear(x, _core.pack_dense(_core.Weight(values, (N, K))), None, "relu")
+    assert np.isnan(out[7]).all(), "relu keeps NaN"
+    rest = np.delete(np.delete(out, 7, 0), 65, 1)
+    assert np.isfinite(rest).all()
+    column = np.delete(out[:, 65], 7)
+    np.testing.assert_array_equal(column, np.where(np.delete(x[:, 20], 7) > 0, np.inf, 0).astype(np.float32))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_infinity_times_a_pruned_weight_is_nan_as_in_the_dense_matrix(level):
+    _core.set_isa(level)
+    row_offsets, index = np.array([0, 1], np.int32), np.array([1], np.int32)
+    weight = _core.Weight(np.ones((1, 1, 4), np.float32), (1, 8), None, row_offsets, index)
+    x = np.ones((2, 8), np.float32)
+    x[1, 0] = np.inf
+    out = linear(x, weight)
+    assert out[0, 0] == 4
+    assert np.isnan(out[1, 0])
+
+
+def test_gradients_agree_with_finite_differences():
+    """The loss is linear in the weight, so that central differences in float64 are exact."""
+    rng = np.random.default_rng(5)
+    inputs = cases.draw(rng, (3, 8, 12, 2, 4, 0), "blocks_float32")
+    weight, x, dy = cases.weight_of(inputs), inputs["x"].astype(np.float64), inputs["dy"].astype(np.float64)
+    got = grad_weight(inputs["dy"], inputs["x"], weight, inputs["values"].shape)
+    for place in np.ndindex(inputs["values"].shape):
+        losses = []
+        for step in (0.5, -0.5):
+            values = inputs["values"].astype(np.float64)
+            values[place] += step
+            losses.append((dy * (x @ cases.place(inputs, values).T)).sum())
+        assert abs(losses[0] - losses[1] - got[place]) < 1e-5
+
+
+def test_empty_sums_are_zero(drawn):
+    weight = cases.weight_of(drawn)
+    nothing = np.empty((0, K), np.float32), np.empty((0, N), np.float32)
+    assert (grad_weight(nothing[1], nothing[0], weight, (N, K)) == 0).all()
+    narrow = _core.Weight(np.empty((N, 0), np.float32), (N, 0))
+    out = linear(np.empty((M, 0), np.float32), narrow, drawn["bias"])
+    np.testing.assert_array_equal(out, np.broadcast_to(drawn["bias"], (M, N)))
+
+
+def bad_calls():
+    """(what is wrong, changes of the arguments, exception)"""
+    f = np.float32
+    locked = np.empty((M, N), f)
+    locked.flags.writeable = False
+    return [
+        ("x has another depth", {"x": np.empty((M, K + 1), f)}, ValueError),
+        ("x is float64", {"x": np.empty((M, K))}, TypeError),
+        ("x is strided", {"x": np.empty((M, 2 * K), f)[:, ::2]}, (ValueError, BufferError)),
+        ("out has fewer rows", {"out": np.empty((M - 1, N), f)}, ValueError),
+        ("out is read-only", {"out": locked}, (ValueError, BufferError)),
+        ("bias is short", {"bias": np.empty(N - 1, f)}, ValueError),
+        ("residual is transposed", {"residual": np.empty((N, M), f)}, ValueError),
+        ("activation is unknown", {"activation": "swish"}, KeyError),
+        ("weight is an array", {"weight": np.empty((N, K), f)}, TypeError),
+        ("scratch is short", {"scratch": scratch_for()[:-1]}, ValueError),
+        ("scratch is float", {"scratch": np.empty(1 << 20, f)}, TypeError),
+    ]
+
+
+@pytest.mark.parametrize(("changes", "error"), [row[1:] for row in bad_calls()], ids=[row[0] for row in bad_calls()])
+def test_linear_refuses(drawn, changes, error):
+    out = np.empty((M, N), np.float32)
+    good = {"x": drawn["x"], "weight": cases.weight_of(drawn), "out": out, "bias": None}
+    good |= {"activation": None, "residual": None, "scratch": scratch_for()}
+    program = _core.Program()
+    with pytest.raises(error):
+        _core.linear(program, *{**good, **changes}.values())
+    assert len(program) == 0
+
+
+def test_linear_refuses_overlapping_arrays(drawn):
+    out = np.empty((M, N), np.float32)
+    with pytest.raises(ValueError, match="overlap"):
+        _core.linear(_core.Program(), drawn["x"], cases.weight_of(drawn), out, None, None, out, scratch_for())
+    square = np.empty((N, N), np.float32)
+    weight = _core.Weight(square.copy(), (N, N))
+    with pytest.raises(ValueError, match="overlap"):
+        _core.linear_grad_input(_core.Program(), square, weight, square, scratch_for(N, N, N))
+
+
+@pytest.mark.parametrize("form", cases.FORMS)
+def test_grad_weight_refuses_another_form(form):
+    inputs = cases.draw(np.random.default_rng(0), (M, 72, K, 3, 4, 0), form)
+    wrong = np.empty((1, *cases.grad_shape(inputs)), np.float32)
+    with pytest.raises(ValueError, match="grad"):
+        _core.linear_grad_weight(
+            _core.Program(), inputs["dy"], inputs["x"], cases.weight_of(inputs), wrong, scratch_for(M, 72, K)
+        )
+
+
+def test_packed_weights_are_refused_under_another_instruction_set(drawn):
+    packed = _core.pack_dense(cases.weight_of(drawn))
+    _core.set_isa("scalar")
+    with pytest.raises(RuntimeError, match="instruction set"):
+        linear(drawn["x"], packed)
+
+
+def test_scratch_is_bounded():
+    """It grows with the threads, and for one of them no further than what fits in L2."""
+    assert _core.linear_scratch(M, N, K, 4) == 4 * _core.linear_scratch(M, N, K, 1)
+    assert _core.linear_scratch(4096, 4096, 4096, 1) < 1 << 20
+    with pytest.raises(ValueError, match="negative"):
+        _core.linear_scratch(-1, N, K, 1)
+    with pytest.raises(TypeError, match="pack_dense"):
+        _core.PackedDense()
