@@ -1,5 +1,7 @@
 """Every error that Gristmill raises on purpose. Catch `GristmillError` for all of them."""
 
+from typing import Any
+
 
 class GristmillError(Exception):
     """The base of all errors below."""
@@ -30,7 +32,9 @@ class WorkerError(GristmillError, RuntimeError):
 
 
 class DivergedError(GristmillError, ArithmeticError):
-    """The loss or the gradients stopped being finite."""
+    """The loss or the gradients stopped being finite; `result` holds what `fit` had reached by the last good step, or None."""
+
+    result: Any = None
 
 
 class ServingError(GristmillError, RuntimeError):

@@ -167,7 +167,7 @@ class Descent:
                 try:
                     self._epoch(bar)
                 except DivergedError as error:
-                    error.result = self._outcome("diverged")  # type: ignore[attr-defined]
+                    error.result = self._outcome("diverged")
                     raise
                 except KeyboardInterrupt:
                     self._save()
