@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import gristmill as gm
 from gristmill import _core, autodiff, losses
 from gristmill.errors import BudgetError, ModelError
-from gristmill.ops import Node
+from gristmill.ops import Node, TensorType
 from gristmill.runtime.arena import Buffer, Memory, place
 from gristmill.runtime.fuse import fuse
 from gristmill.runtime.session import Session
@@ -90,6 +90,28 @@ def test_bound_outputs_are_written_in_place(model):
     np.testing.assert_array_equal(out, session.run(x=batch(3))["logits"])
     with pytest.raises(ModelError, match="cannot be written"):
         session.execute({"x": batch(4)}, {"logits": out})
+
+
+def test_the_same_memory_in_another_shape_is_not_mistaken_for_the_first(model):
+    memory = np.zeros(30, np.float32)
+    session = Session(model)
+    session.execute({"x": batch(3)}, {"logits": memory.reshape(3, 10)})
+    with pytest.raises(ModelError, match="cannot be written"):
+        session.execute({"x": batch(3)}, {"logits": memory.reshape(10, 3)})
+
+
+def test_a_prepared_run_takes_new_values_and_writes_its_outputs(model):
+    out = np.zeros((3, 10), np.float32)
+    session = Session(model)
+    run = session.prepare({"x": TensorType(np.dtype(np.float32), (3, 64))}, {"logits": out})
+    for seed in (1, 2):
+        assert run({"x": batch(3, seed=seed)})["logits"] is out
+        np.testing.assert_array_equal(out, session.run(x=batch(3, seed=seed))["logits"])
+    session.run(x=batch(300))  # a larger arena takes the place of the one that the run holds
+    run({"x": batch(3, seed=3)})
+    np.testing.assert_array_equal(out, session.run(x=batch(3, seed=3))["logits"])
+    with pytest.raises(ModelError, match="shape"):
+        session.prepare({"x": TensorType(np.dtype(np.float32), (3, 63))})
 
 
 def test_trainable_tensors_are_read_at_every_run(model):

@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,9 @@ from gristmill.tensor.parts import Array
 
 PLANS = 16  # kept per session; the least recently used goes first
 PRECISIONS = (None, "float32", "int8")
+
+
+Run = Callable[[Mapping[str, Array]], dict[str, Array]]  # inputs to outputs, for shapes that are known
 
 
 class Session:
@@ -72,7 +75,7 @@ class Session:
         self.memory = memory or Memory()
         self.in_place = in_place
         self.weights = Weights(compiled, self.memory)
-        self._plans: OrderedDict[Any, Plan] = OrderedDict()
+        self._runs: OrderedDict[Any, Run] = OrderedDict()
         self._arena = self.memory.allocate(0)
         self._lock = threading.Lock()
 
@@ -80,7 +83,7 @@ class Session:
         """Return a session of its own plans and memory over the same packed weights."""
         other = object.__new__(Session)
         other.__dict__.update(self.__dict__)
-        other._plans, other._arena, other._lock = OrderedDict(), self.memory.allocate(0), threading.Lock()
+        other._runs, other._arena, other._lock = OrderedDict(), self.memory.allocate(0), threading.Lock()
         return other
 
     def run(self, **inputs: Array) -> dict[str, Array]:
@@ -102,14 +105,27 @@ class Session:
             outputs: C-contiguous arrays by output name that the program writes; they are returned as they are, other outputs as
                 new arrays.
         """
-        bound = dict(outputs or {})
-        given = self._check(inputs)
         with self._lock:
-            plan = self._plan(given, bound)
-            for name, array in plan.inputs.items():
-                np.copyto(array, inputs[name])
-            plan.run(self.threads)
-            return {name: bound[name] if name in bound else array.copy() for name, array in plan.outputs.items()}
+            return self._find(inputs, outputs or {})(inputs)
+
+    def prepare(self, inputs: Mapping[str, TensorType], outputs: Mapping[str, Array] | None = None) -> Run:
+        """Plan for inputs of these concrete types and bind outputs, once for many runs that differ in values alone.
+
+        Args:
+            inputs: the type of each input, without symbolic dimensions.
+            outputs: as for `execute`.
+
+        Raises:
+            ModelError: an input or an output does not fit.
+        """
+        blank = {name: np.empty(kind.extents, kind.dtype) for name, kind in inputs.items()}
+        run = self._find(blank, outputs or {})
+
+        def locked(values: Mapping[str, Array]) -> dict[str, Array]:
+            with self._lock:
+                return run(values)
+
+        return locked
 
     def layout(self, inputs: Mapping[str, TensorType], outputs: Mapping[str, Array] | None = None) -> Layout:
         """Plan for inputs of these concrete types without allocating; `nbytes` of the result is what a run needs."""
@@ -133,24 +149,45 @@ class Session:
             given[name] = TensorType(kind.dtype, tuple(shape))
         return [_explain(step, self.model) for step in self.layout(given).steps]
 
-    def _plan(self, given: Mapping[str, TensorType], bound: Mapping[str, Array]) -> Plan:
-        key = (
-            _core.isa_generation(),
-            tuple((name, kind.shape) for name, kind in given.items()),
-            tuple((name, array.ctypes.data) for name, array in bound.items()),
-        )
-        plan = self._plans.get(key)
-        if plan is None:
-            layout = self.layout(given, self._check_bound(given, bound))
-            if layout.nbytes > self._arena.nbytes:
-                self._plans.clear()  # they hold the smaller arena
-                self.memory.release(self._arena.nbytes)
-                self._arena = self.memory.allocate(layout.nbytes)
-            plan = self._plans[key] = Plan(layout, self._arena, self.weights)
-            if len(self._plans) > PLANS:
-                self._plans.popitem(last=False)
-        self._plans.move_to_end(key)
-        return plan
+    def _find(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Run:
+        """Return a run for arrays of these shapes. Shapes that were met before were checked before."""
+        key = self._key(inputs, outputs)
+        run = None if key is None else self._runs.get(key)
+        if run is None:
+            given = self._check(inputs)
+            run = self._bind(given, dict(self._check_bound(given, outputs)))
+            self._runs[self._key(inputs, outputs)] = run
+            if len(self._runs) > PLANS:
+                self._runs.popitem(last=False)
+        else:
+            self._runs.move_to_end(key)
+        return run
+
+    def _key(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Any:
+        """What a plan depends on, or None for inputs that cannot be right. A plan keeps its bound arrays, so that no other array
+        can come to lie at their addresses."""
+        try:
+            shapes = tuple([(inputs[name].shape, inputs[name].dtype) for name in self.model.inputs])
+        except (KeyError, AttributeError):
+            return None
+        places = tuple([(name, a.ctypes.data, a.shape, a.strides, a.dtype) for name, a in outputs.items()])
+        return _core.isa_generation(), len(inputs), shapes, places
+
+    def _bind(self, given: Mapping[str, TensorType], bound: dict[str, Array]) -> Run:
+        layout = self.layout(given, bound)
+        if layout.nbytes > self._arena.nbytes:
+            self._runs.clear()  # they hold the smaller arena
+            self.memory.release(self._arena.nbytes)
+            self._arena = self.memory.allocate(layout.nbytes)
+        plan, threads = Plan(layout, self._arena, self.weights), self.threads
+
+        def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
+            for name, array in plan.inputs.items():
+                np.copyto(array, inputs[name])
+            plan.run(threads)
+            return {name: bound[name] if name in bound else array.copy() for name, array in plan.outputs.items()}
+
+        return run
 
     def _check(self, inputs: Mapping[str, Array]) -> dict[str, TensorType]:
         """Return the concrete types of the inputs after holding them against the model's."""

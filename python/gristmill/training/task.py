@@ -13,7 +13,8 @@ from gristmill import autodiff, losses
 from gristmill.errors import MissingExtraError, ModelError
 from gristmill.formats import native
 from gristmill.model import Model
-from gristmill.runtime.session import Session
+from gristmill.ops import TensorType
+from gristmill.runtime.session import Run, Session
 from gristmill.tensor.parts import Array
 
 Batch = Any  # in the structure of the data: a mapping, a tuple or one array
@@ -21,7 +22,6 @@ Arrays = Any  # named arrays, or a single one
 GradientFunction = Callable[[Arrays, Batch], tuple[Any, Arrays]]
 
 SINGLE = "params"  # the name of a parameter array that came without one
-SLOTS_PER_SESSION = 4  # a plan is bound to its slot; a session keeps a few plans
 
 
 class Compute(Protocol):
@@ -57,16 +57,16 @@ class ModelTask:
 class _ModelGradient:
     def __init__(self, task: ModelTask, params: dict[str, Array], threads: int) -> None:
         training = autodiff.gradients(losses.attach(task.model, task.loss), losses.LOSS, params)
-        self._sessions = [Session(training, threads, trainable=params)]
-        self._outputs: dict[int, dict[str, Array]] = {}
+        self._session = Session(training, threads, trainable=params)
+        self._runs: dict[tuple[int, int], Run] = {}  # by slot and number of examples, of which an epoch has few
 
     def __call__(self, batch: dict[str, Array], slot: int, gradients: dict[str, Array]) -> float:
-        if slot not in self._outputs:
-            self._outputs[slot] = {autodiff.gradient_name(name): view for name, view in gradients.items()}
-        while len(self._sessions) <= slot // SLOTS_PER_SESSION:
-            self._sessions.append(self._sessions[0].clone())
-        session = self._sessions[slot // SLOTS_PER_SESSION]
-        return float(session.execute(batch, self._outputs[slot])[losses.LOSS])
+        key = slot, len(next(iter(batch.values())))
+        if key not in self._runs:
+            types = {name: TensorType(array.dtype, array.shape) for name, array in batch.items()}
+            outputs = {autodiff.gradient_name(name): view for name, view in gradients.items()}
+            self._runs[key] = self._session.prepare(types, outputs)
+        return float(self._runs[key](batch)[losses.LOSS])
 
 
 @dataclass(frozen=True)
