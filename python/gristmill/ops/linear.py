@@ -102,8 +102,8 @@ def bind_sparse(node: Node, binder: Binder) -> bool:
         binder.step(_core.sparse_linear_int8, codes, scales, m, packed, weight_scale, out, *epilogue(node, binder, residual))
         return True
     x, residual, out = matrices(node, binder, "lanes")
-    source = binder.weight(weight) if reads_in_place(node, binder) else binder.packed(weight, _core.pack_sparse)
-    binder.step(_core.sparse_linear, x, source, out, *epilogue(node, binder, residual))
+    packed = binder.packed(weight, _core.pack_sparse)  # which refers to the values: as good as in place
+    binder.step(_core.sparse_linear, x, packed, out, *epilogue(node, binder, residual))
     return True
 
 

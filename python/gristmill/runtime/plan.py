@@ -5,6 +5,7 @@ its kernel wants ("rows" or "lanes"), with conversions put in where layouts meet
 binds the steps to addresses. Steps between two Python references form one C segment, run without Python.
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,19 +44,23 @@ class InPlace:
 class Weights:
     """What sessions of one model share: packed weights by (name, packer, instruction set)."""
 
-    def __init__(self, model: Model, memory: Memory) -> None:
+    def __init__(self, model: Model, trainable: Mapping[str, Array], memory: Memory) -> None:
         self.model = model
+        self.trainable = trainable
         self.memory = memory
         self._made: dict[tuple[str, str, int], Any] = {}
+        self._lock = threading.Lock()  # clones run at the same time
 
     def make(self, packed: Packed, threads: int) -> Any:
         """Return a packed weight, made once."""
         key = (packed.name, packed.pack.__name__, _core.isa_generation())
-        if key not in self._made:
-            view = weight_view(self.model.tensors[packed.name])
-            self.memory.charge(_core.packed_nbytes(packed.pack, view))
-            self._made[key] = packed.pack(view, threads)
-        return self._made[key]
+        with self._lock:
+            if key not in self._made:
+                tensor = self.model.tensors[packed.name]
+                view = weight_view(tensor, None if is_int8(tensor) else self.trainable.get(packed.name))
+                self.memory.charge(_core.packed_nbytes(packed.pack, view))
+                self._made[key] = packed.pack(view, threads)
+            return self._made[key]
 
 
 def weight_view(tensor: Tensor, trained: Array | None = None) -> _core.Weight:
@@ -205,8 +210,10 @@ class Layout:
         return Buffer(shape, dtype, self.bound.get(name))
 
     def _constant(self, name: str) -> Buffer:
-        trained = self.trainable.get(name)
-        array = np.asarray(self.model.tensors[name].dense(), order="C") if trained is None else trained
+        tensor, trained = self.model.tensors[name], self.trainable.get(name)
+        if trained is not None and tensor.kind != "dense":
+            raise ModelError(f"'{name}' trains in {tensor.kind} form, which nothing but a Linear can read")
+        array = np.asarray(tensor.dense(), order="C") if trained is None else trained
         return Buffer(array.shape, array.dtype, array)
 
     def _bind(self, node: Node) -> bool:

@@ -71,7 +71,7 @@ class Session:
         compiled = _reblocked(fuse(_quantized(model, self.trainable) if precision == "int8" else model))
         self.memory = memory or Memory()
         self.in_place = in_place
-        self.weights = Weights(compiled, self.memory)
+        self.weights = Weights(compiled, self.trainable, self.memory)
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._arena = self.memory.allocate(0)
         self._lock = threading.Lock()
@@ -137,14 +137,15 @@ class Session:
         key = (
             _core.isa_generation(),
             tuple((name, kind.shape) for name, kind in given.items()),
-            tuple((name, array.ctypes.data) for name, array in bound.items()),
+            tuple((name, *_place(array)) for name, array in bound.items()),
         )
         plan = self._plans.get(key)
         if plan is None:
             layout = self.layout(given, self._check_bound(given, bound))
             if layout.nbytes > self._arena.nbytes:
-                self._plans.clear()  # they hold the smaller arena
+                self._plans.clear()  # they hold the smaller arena, which goes before the larger one comes
                 self.memory.release(self._arena.nbytes)
+                self._arena = self.memory.allocate(0)
                 self._arena = self.memory.allocate(layout.nbytes)
             plan = self._plans[key] = Plan(layout, self._arena, self.weights)
             if len(self._plans) > PLANS:
@@ -176,10 +177,16 @@ class Session:
     def _check_bound(self, given: Mapping[str, TensorType], bound: Mapping[str, Array]) -> Mapping[str, Array]:
         types = concrete_types(self.weights.model, given)
         for name, array in bound.items():
-            fits = name in self.model.outputs and array.shape == types[name].shape and array.dtype == types[name].dtype
+            fits = name in self.model.outputs and name not in self.model.tensors
+            fits = fits and array.shape == types[name].shape and array.dtype == types[name].dtype
             if not fits or not array.flags.c_contiguous or not array.flags.writeable:
                 raise ModelError(f"output '{name}' cannot be written to a {array.dtype} array of shape {array.shape}")
         return bound
+
+
+def _place(array: Array) -> tuple[Any, ...]:
+    """What a program that writes an array depends on; a view of the same address may differ in all the rest."""
+    return array.ctypes.data, array.dtype.str, array.shape, array.strides, array.flags.writeable
 
 
 def _matches(shape: tuple[int, ...], wanted: tuple[int | str, ...], symbols: dict[str, int]) -> bool:
