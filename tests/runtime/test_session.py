@@ -13,7 +13,9 @@ from gristmill.errors import BudgetError, ModelError
 from gristmill.ops import Node, TensorType
 from gristmill.runtime.arena import Buffer, Memory, place
 from gristmill.runtime.fuse import fuse
+from gristmill.runtime.plan import weight_view
 from gristmill.runtime.session import Session
+from gristmill.tensor import Quantized, Sparse
 
 
 @pytest.fixture
@@ -248,3 +250,86 @@ def test_only_the_needed_backward_graph_is_built(model):
     last = autodiff.gradients(training, "loss", ["layer2.bias"])
     assert len(last.nodes) < len(whole.nodes) / 2
     assert not [node for node in last.nodes if node.op in ("LinearGradInput", "LinearGradWeight")]
+
+
+def test_a_view_of_a_bound_output_is_not_taken_for_it(model):
+    session, out = Session(model), np.zeros((3, 10), np.float32)
+    session.execute({"x": batch(3)}, {"logits": out})
+    for view in (out[:2], out.T, out.view(np.int32), out[:, :5]):
+        with pytest.raises(ModelError, match="cannot be written"):
+            session.execute({"x": batch(3)}, {"logits": view})
+    out.flags.writeable = False
+    with pytest.raises(ModelError, match="cannot be written"):
+        session.execute({"x": batch(3)}, {"logits": out})
+
+
+def test_a_tensor_can_be_an_output_but_not_a_bound_one(model):
+    name = "layer2.bias"
+    wide = model.replace(outputs=("logits", name, "x"))
+    got = Session(wide).run(x=batch(3))
+    np.testing.assert_array_equal(got[name], model.tensors[name].array)
+    np.testing.assert_array_equal(got["x"], batch(3))
+    with pytest.raises(ModelError, match="cannot be written"):
+        Session(wide).execute({"x": batch(3)}, {name: np.zeros(10, np.float32)})
+
+
+def test_a_refused_arena_leaves_the_books_straight(model):
+    memory = Memory()
+    session = Session(model, threads=1, memory=memory)
+    session.run(x=batch(2))
+    used, memory.limit = memory.used, memory.used + 1000
+    for _ in range(2):
+        with pytest.raises(BudgetError):
+            session.run(x=batch(1000))
+        assert 0 <= memory.used <= used
+    memory.limit = None
+    want = Session(model, threads=1).run(x=batch(2))["logits"]
+    np.testing.assert_array_equal(session.run(x=batch(2))["logits"], want)
+    assert memory.used == used
+
+
+def test_clones_that_start_together_pack_once(model):
+    memory = Memory()
+    Session(model, threads=1, memory=memory).run(x=batch(2))
+    alone = memory.used
+    arena = Session(model, threads=1).layout({"x": TensorType(np.dtype(np.float32), (2, 64))}).nbytes
+    together = Memory()
+    first = Session(model, threads=1, memory=together)
+    sessions = [first, *(first.clone() for _ in range(3))]
+    gate = threading.Barrier(4)
+
+    def run(session):
+        gate.wait()
+        session.run(x=batch(2))
+
+    threads = [threading.Thread(target=run, args=(session,)) for session in sessions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together.used == alone + 3 * arena
+
+
+@pytest.mark.parametrize("block", [(1, 1), (1, 4)])
+def test_sparse_weights_that_train_count_what_their_kernel_adds(model, block):
+    weight = model.tensors["layer0.weight"].array
+    mask = np.arange(weight.size // block[1]).reshape(weight.shape[0], -1) % 3 == 0
+    pruned = model.replace(tensors={"layer0.weight": Sparse.from_dense(weight, mask.astype(np.uint8), block)})
+    values = np.array(pruned.tensors["layer0.weight"].trainable)
+    memory = Memory()
+    session = Session(pruned, threads=1, trainable={"layer0.weight": values}, in_place=True, memory=memory)
+    layout = session.layout({"x": TensorType(np.dtype(np.float32), (2, 64))})
+    before = session.run(x=batch(2))["logits"]
+    packed = sum(_core.packed_nbytes(p.pack, weight_view(pruned.tensors[p.name])) for p in layout.packs)
+    assert memory.used == layout.nbytes + packed
+    assert packed >= 2 * 4 * weight.shape[0]
+    values[...] = np.roll(values, 1)
+    assert not np.allclose(before, session.run(x=batch(2))["logits"])
+
+
+def test_a_compressed_tensor_that_trains_is_no_operand(model):
+    weight = Quantized.from_dense(model.tensors["layer0.weight"].array)
+    wide = model.replace(tensors={"layer0.weight": weight}, outputs=("logits", "layer0.weight"))
+    session = Session(wide, trainable={"layer0.weight": np.array(weight.trainable)})
+    with pytest.raises(ModelError, match="nothing but a Linear"):
+        session.run(x=batch(2))

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gristmill import _core
-from gristmill.ops.op import GRAD, Binder, Node, Op, Tape, TensorType, need
+from gristmill.ops.op import GRAD, Binder, Node, Op, Tape, TensorType, need, same_type
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
 
@@ -138,6 +138,7 @@ class ActivationGrad(Op):
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         assert types[1] is not None
+        need(same_type(types[0], types[1]), node, f"dy is {types[0]} but x is {types[1]}")
         need(node.attributes.get("activation") in FUNCTIONS, node, f"unknown activation {node.attributes.get('activation')!r}")
         return [types[1]]
 

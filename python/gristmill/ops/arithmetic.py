@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from gristmill import _core
-from gristmill.ops.op import GRAD, Binder, Dim, Node, Op, Tape, TensorType, need
+from gristmill.ops.op import GRAD, Binder, Dim, Node, Op, Tape, TensorType, need, same_dim
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
 
@@ -119,8 +119,15 @@ class SumToShape(Op):
     arity = (2, 2)
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        assert types[1] is not None
-        return [types[1]]
+        x, like = types
+        assert x is not None
+        assert like is not None
+        trailing = x.shape[len(x.shape) - len(like.shape) :]
+        fits = len(x.shape) >= len(like.shape) and all(
+            d == 1 or same_dim(s, d) for s, d in zip(trailing, like.shape, strict=True)
+        )
+        need(fits and x.dtype == like.dtype, node, f"{x} cannot be summed down to {like}")
+        return [like]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         x, like = inputs

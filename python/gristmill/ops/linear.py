@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from gristmill import _core
-from gristmill.ops.activation import evaluate
-from gristmill.ops.op import GRAD, OWN, Binder, Node, Op, Tape, TensorType, as_rows, need, same_dim
+from gristmill.ops.activation import FUNCTIONS, evaluate
+from gristmill.ops.op import GRAD, OWN, Binder, Node, Op, Tape, TensorType, as_rows, need, same_dim, same_type
 from gristmill.tensor import Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
 
@@ -39,11 +39,12 @@ class Linear(Op):
         )
         out = TensorType(x.dtype, (*x.shape[:-1], n))
         bias = types[2] if len(types) > 2 else None
-        need(bias is None or bias.shape == (n,), node, f"bias '{node.input(2)}' is {bias} but the weight gives {n} outputs")
+        fits = bias is None or bias == TensorType(x.dtype, (n,))
+        need(fits, node, f"bias '{node.input(2)}' is {bias} but the weight gives {n} outputs")
         residual = types[3] if len(types) > 3 else None
-        need(
-            residual is None or len(residual.shape) == len(out.shape), node, f"residual {residual} does not fit the output {out}"
-        )
+        need(residual is None or same_type(residual, out), node, f"residual {residual} does not fit the output {out}")
+        activation = node.attributes.get("activation")
+        need(activation is None or activation in FUNCTIONS, node, f"unknown activation {activation!r}; known: {list(FUNCTIONS)}")
         return [out]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
@@ -101,8 +102,8 @@ def bind_sparse(node: Node, binder: Binder) -> bool:
         binder.step(_core.sparse_linear_int8, codes, scales, m, packed, weight_scale, out, *epilogue(node, binder, residual))
         return True
     x, residual, out = matrices(node, binder, "lanes")
-    source = binder.weight(weight) if reads_in_place(node, binder) else binder.packed(weight, _core.pack_sparse)
-    binder.step(_core.sparse_linear, x, source, out, *epilogue(node, binder, residual))
+    packed = binder.packed(weight, _core.pack_sparse)  # which refers to the values: as good as in place
+    binder.step(_core.sparse_linear, x, packed, out, *epilogue(node, binder, residual))
     return True
 
 
@@ -137,6 +138,13 @@ def epilogue(node: Node, binder: Binder, residual: Any) -> tuple[Any, Any, Any]:
     return bias, node.attributes.get("activation"), residual
 
 
+def matrix_shape(node: Node, weight: Tensor | None) -> tuple[int, int]:
+    """Return the [n, k] of a weight that must be a matrix of the model."""
+    need(weight is not None and len(weight.shape) == 2, node, "its weight must be a matrix and a tensor of the model")
+    assert weight is not None
+    return weight.shape[0], weight.shape[1]
+
+
 class LinearGradInput(Op):
     """dx [..., k] = dy [..., n] @ W [n, k]."""
 
@@ -147,8 +155,10 @@ class LinearGradInput(Op):
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         dy, weight = types
         assert dy is not None
-        assert weight is not None
-        return [TensorType(dy.dtype, (*dy.shape[:-1], weight.shape[1]))]
+        n, k = matrix_shape(node, constants[1])
+        fits = weight is not None and dy.dtype == weight.dtype and len(dy.shape) >= 1 and same_dim(dy.shape[-1], n)
+        need(fits, node, f"dy is {dy} but the weight is {weight}")
+        return [TensorType(dy.dtype, (*dy.shape[:-1], k))]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         dy, weight = inputs
@@ -173,13 +183,23 @@ class LinearGradWeight(Op):
     tensor_inputs = (2,)
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        need(constants[2] is not None, node, "its weight must be a tensor of the model")
+        dy, x, weight = types
+        assert dy is not None
+        assert x is not None
+        n, k = matrix_shape(node, constants[2])
         assert constants[2] is not None
+        fits = (
+            x.dtype == np.float32
+            and len(x.shape) >= 1
+            and same_type(dy, TensorType(x.dtype, (*x.shape[:-1], n)))
+            and same_dim(x.shape[-1], k)
+        )
+        need(fits, node, f"dy is {dy} and x is {x} but the weight is {weight}")
         return [TensorType(np.dtype(np.float32), constants[2].trainable.shape)]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         dy, x, weight = inputs
-        return [project(weight, dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]))]
+        return [project(weight, dy.reshape(as_rows(dy.shape)).T @ x.reshape(as_rows(x.shape)))]
 
     def bind(self, node: Node, binder: Binder) -> bool:
         dy, x, grad = binder.rows(node.inputs[0]), binder.rows(node.inputs[1]), binder.output(node.outputs[0])
@@ -212,11 +232,13 @@ class SumRows(Op):
     arity = (1, 1)
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        assert types[0] is not None
-        return [TensorType(types[0].dtype, types[0].shape[-1:])]
+        x = types[0]
+        assert x is not None
+        need(len(x.shape) >= 1, node, f"{x} has no last dimension")
+        return [TensorType(x.dtype, x.shape[-1:])]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        return [inputs[0].reshape(-1, inputs[0].shape[-1]).sum(axis=0)]
+        return [inputs[0].reshape(as_rows(inputs[0].shape)).sum(axis=0)]
 
     def bind(self, node: Node, binder: Binder) -> bool:
         x = binder.rows(node.inputs[0])

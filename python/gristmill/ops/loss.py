@@ -1,13 +1,13 @@
 """Losses: one float32 scalar, the mean over the batch, and their gradients."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from gristmill import _core
 from gristmill.ops.normalization import softmax
-from gristmill.ops.op import GRAD, OWN, Binder, Node, Op, Tape, TensorType, need, same_dim
+from gristmill.ops.op import GRAD, OWN, Binder, Node, Op, Tape, TensorType, need, same_dim, same_type
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
 
@@ -15,23 +15,51 @@ FLOAT = np.dtype(np.float32)
 SCALAR = TensorType(FLOAT, ())
 
 
-def check_labels(node: Node, logits: TensorType, labels: TensorType) -> None:
-    need(len(logits.shape) == 2, node, f"logits '{node.inputs[0]}' must be [batch, classes], got {logits}")
+def check_labels(node: Node, logits: TensorType | None, labels: TensorType | None) -> None:
+    assert logits is not None
+    assert labels is not None
+    need(logits.dtype == FLOAT and len(logits.shape) == 2, node, f"logits must be float32 [batch, classes], got {logits}")
     fits = labels.dtype == np.int64 and len(labels.shape) == 1 and same_dim(labels.shape[0], logits.shape[0])
     need(fits, node, f"labels must be int64 [{logits.shape[0]}], got {labels}")
 
 
+def check_pair(node: Node, types: Sequence[TensorType | None]) -> None:
+    x, target = types
+    need(same_type(x, target), node, f"x is {x} but the target is {target}")
+    assert x is not None
+    need(x.dtype == FLOAT, node, f"x must be float32, got {x}")
+
+
+def check_distillation(node: Node, logits: TensorType | None, teacher: TensorType | None, labels: TensorType | None) -> None:
+    check_labels(node, logits, labels)
+    need(same_type(logits, teacher), node, f"student logits are {logits} but teacher logits are {teacher}")
+    need(node.attributes.get("temperature", 0) > 0, node, "temperature must be positive")
+    need(0 <= node.attributes.get("alpha", -1) <= 1, node, "alpha must lie in [0, 1]")
+
+
+class LossGrad(Op):
+    """The gradient of a loss in its first input: inputs are the gradient of the loss, a scalar, and the loss's own inputs."""
+
+    domain = GRAD
+    loss: ClassVar[type[Op]]
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        need(types[0] == SCALAR, node, f"the gradient of a loss must be {SCALAR}, got {types[0]}")
+        self.loss().infer(node, types[1:], constants[1:])
+        assert types[1] is not None
+        return [types[1]]
+
+
 def log_softmax(x: Array) -> Array:
     wide = x.astype(np.float64)
-    shifted = wide - wide.max(axis=-1, keepdims=True)
+    shifted = wide - wide.max(axis=-1, keepdims=True, initial=-np.inf)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def one_hot(labels: Array, classes: int) -> Array:
     """A row of NaN stands for a label outside [0, classes), as in the kernel."""
-    valid = (labels >= 0) & (labels < classes)
-    rows = np.eye(classes)[np.where(valid, labels, 0)]
-    rows[~valid] = np.nan
+    rows = (labels[:, None] == np.arange(classes)).astype(np.float64)
+    rows[(labels < 0) | (labels >= classes)] = np.nan
     return rows
 
 
@@ -50,10 +78,7 @@ class SoftmaxCrossEntropyLoss(Op):
     differentiable = True
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        logits, labels = types
-        assert logits is not None
-        assert labels is not None
-        check_labels(node, logits, labels)
+        check_labels(node, *types)
         need(node.attributes.get("reduction", "mean") == "mean", node, "only the mean reduction is supported")
         return [SCALAR]
 
@@ -69,16 +94,12 @@ class SoftmaxCrossEntropyLoss(Op):
         return True
 
 
-class SoftmaxCrossEntropyLossGrad(Op):
+class SoftmaxCrossEntropyLossGrad(LossGrad):
     """dlogits = dloss * (softmax(logits) - one_hot(labels)) / batch."""
 
     name = "SoftmaxCrossEntropyLossGrad"
-    domain = GRAD
+    loss = SoftmaxCrossEntropyLoss
     arity = (3, 3)
-
-    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        assert types[1] is not None
-        return [types[1]]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         dloss, logits, labels = inputs
@@ -98,11 +119,7 @@ class MeanSquaredError(Op):
     differentiable = True
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        x, target = types
-        assert x is not None
-        assert target is not None
-        fits = len(x.shape) == len(target.shape) and all(map(same_dim, x.shape, target.shape))
-        need(fits and x.dtype == target.dtype, node, f"'{node.inputs[0]}' is {x} but the target is {target}")
+        check_pair(node, types)
         return [SCALAR]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
@@ -118,16 +135,12 @@ class MeanSquaredError(Op):
         return True
 
 
-class MeanSquaredErrorGrad(Op):
+class MeanSquaredErrorGrad(LossGrad):
     """dx = dloss * 2 (x - target) / size."""
 
     name = "MeanSquaredErrorGrad"
-    domain = GRAD
+    loss = MeanSquaredError
     arity = (3, 3)
-
-    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        assert types[1] is not None
-        return [types[1]]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         dloss, x, target = inputs
@@ -151,15 +164,7 @@ class DistillationLoss(Op):
     differentiable = True
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        logits, teacher, labels = types
-        assert logits is not None
-        assert teacher is not None
-        assert labels is not None
-        check_labels(node, logits, labels)
-        fits = len(teacher.shape) == 2 and all(map(same_dim, logits.shape, teacher.shape))
-        need(fits, node, f"student logits are {logits} but teacher logits are {teacher}")
-        need(node.attributes.get("temperature", 0) > 0, node, "temperature must be positive")
-        need(0 <= node.attributes.get("alpha", -1) <= 1, node, "alpha must lie in [0, 1]")
+        check_distillation(node, *types)
         return [SCALAR]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
@@ -178,17 +183,13 @@ class DistillationLoss(Op):
         return True
 
 
-class DistillationLossGrad(Op):
+class DistillationLossGrad(LossGrad):
     """dlogits = dloss * (alpha T (softmax(logits/T) - softmax(teacher/T)) + (1-alpha) (softmax(logits) - one_hot)) / batch."""
 
     name = "DistillationLossGrad"
-    domain = GRAD
+    loss = DistillationLoss
     arity = (4, 4)
     attributes = DistillationLoss.attributes
-
-    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        assert types[1] is not None
-        return [types[1]]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         dloss, logits, teacher, labels = inputs

@@ -6,13 +6,16 @@ from typing import Any
 import numpy as np
 
 from gristmill import _core
-from gristmill.ops.op import GRAD, Binder, Node, Op, Tape, TensorType, as_rows, need
+from gristmill.ops.op import GRAD, Binder, Node, Op, Tape, TensorType, as_rows, need, same_type
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
+
+EPSILON = 1e-5  # what ONNX takes where a node does not say
 
 
 def last_axis(node: Node, x: TensorType, default: int) -> None:
     axis = node.attributes.get("axis", default)
+    need(len(x.shape) >= 1, node, f"{x} has no last axis")
     need(axis in (-1, len(x.shape) - 1), node, f"axis {axis} of {x}: only the last axis is supported")
 
 
@@ -36,21 +39,20 @@ class LayerNormalization(Op):
         x = types[0]
         assert x is not None
         last_axis(node, x, -1)
+        wanted = TensorType(x.dtype, x.shape[-1:])
         for value in types[1:]:
-            need(
-                value is None or value.shape == x.shape[-1:], node, f"scale and bias must have shape {x.shape[-1:]}, got {value}"
-            )
+            need(value is None or value == wanted, node, f"scale and bias must be {wanted}, got {value}")
         return [x]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         x, gamma, beta = (*inputs, None)[:3]
-        y = centred(x, node.attributes.get("epsilon", 1e-5))[0] * gamma
+        y = centred(x, node.attributes.get("epsilon", EPSILON))[0] * gamma
         return [np.asarray(y if beta is None else y + beta, x.dtype)]
 
     def gradient(self, node: Node, tape: Tape, dy: str) -> None:
         x, gamma, beta = node.input(0), node.input(1), node.input(2)
         if tape.wants(x) or tape.wants(gamma):
-            attributes = {"epsilon": node.attributes.get("epsilon", 1e-5)}
+            attributes = {"epsilon": node.attributes.get("epsilon", EPSILON)}
             made = tape.emit_all("LayerNormalizationGrad", [dy, x, gamma], attributes, outputs=2 if tape.wants(gamma) else 1)
             for value, gradient in zip((x, gamma), made, strict=False):
                 if tape.wants(value):
@@ -62,7 +64,7 @@ class LayerNormalization(Op):
         x, out = binder.rows(node.inputs[0]), binder.output(node.outputs[0])
         shape = as_rows(x.shape)
         beta = binder.array(node.input(2)) if node.input(2) else None
-        epsilon = node.attributes.get("epsilon", 1e-5)
+        epsilon = node.attributes.get("epsilon", EPSILON)
         binder.step(_core.layer_norm, x.reshape(*shape), binder.array(node.inputs[1]), beta, epsilon, out.reshape(*shape))
         return True
 
@@ -76,24 +78,26 @@ class LayerNormalizationGrad(Op):
     attributes = {"epsilon": float}
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        x, gamma = types[1:]
+        dy, x, gamma = types
         assert x is not None
         assert gamma is not None
+        fits = len(x.shape) >= 1 and same_type(dy, x) and gamma == TensorType(x.dtype, x.shape[-1:])
+        need(fits, node, f"dy is {dy} and x is {x} but scale is {gamma}")
         return [x, gamma][: len(node.outputs)]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         dy, x, gamma = inputs
-        y, inverse = centred(x, node.attributes["epsilon"])
+        y, inverse = centred(x, node.attributes.get("epsilon", EPSILON))
         g = dy * gamma
         dx = inverse * (g - g.mean(axis=-1, keepdims=True) - y * (g * y).mean(axis=-1, keepdims=True))
-        dgamma = (dy * y).reshape(-1, x.shape[-1]).sum(axis=0)
+        dgamma = (dy * y).reshape(as_rows(x.shape)).sum(axis=0)
         return [dx.astype(x.dtype), dgamma.astype(x.dtype)][: len(node.outputs)]
 
     def bind(self, node: Node, binder: Binder) -> bool:
         dy, x, dx = binder.rows(node.inputs[0]), binder.rows(node.inputs[1]), binder.output(node.outputs[0])
         dgamma = binder.output(node.outputs[1]) if len(node.outputs) > 1 else None
         shape = as_rows(x.shape)
-        gamma, epsilon = binder.array(node.inputs[2]), node.attributes["epsilon"]
+        gamma, epsilon = binder.array(node.inputs[2]), node.attributes.get("epsilon", EPSILON)
         binder.step(
             _core.layer_norm_grad, dy.reshape(*shape), x.reshape(*shape), gamma, epsilon, dx.reshape(*shape), dgamma, None
         )
@@ -104,7 +108,7 @@ def softmax(x: Array) -> Array:
     """The softmax over the last dimension, in float64."""
     wide = x.astype(np.float64)
     with np.errstate(invalid="ignore"):
-        e = np.exp(wide - wide.max(axis=-1, keepdims=True))
+        e = np.exp(wide - wide.max(axis=-1, keepdims=True, initial=-np.inf))
         return e / e.sum(axis=-1, keepdims=True)
 
 
@@ -144,6 +148,7 @@ class SoftmaxGrad(Op):
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         assert types[1] is not None
+        need(len(types[1].shape) >= 1 and same_type(types[0], types[1]), node, f"dy is {types[0]} but y is {types[1]}")
         return [types[1]]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:

@@ -154,6 +154,13 @@ def same_dim(a: Dim, b: Dim) -> bool:
     return a == b or isinstance(a, str) or isinstance(b, str)
 
 
+def same_type(a: TensorType | None, b: TensorType | None) -> bool:
+    """Whether two values have one dtype and shapes that can be equal."""
+    if a is None or b is None or len(a.shape) != len(b.shape):
+        return False
+    return a.dtype == b.dtype and all(map(same_dim, a.shape, b.shape))
+
+
 def as_rows(shape: Sequence[int]) -> tuple[int, int]:
     """Return (rows, columns) of a value whose leading dimensions are all rows."""
     rows = 1

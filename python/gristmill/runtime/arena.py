@@ -1,5 +1,6 @@
 """Memory: buffers with lifetimes, packed into one allocation."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,6 +89,7 @@ class Memory:
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
         self.used = self.peak = 0
+        self._lock = threading.Lock()
 
     def charge(self, nbytes: int) -> None:
         """Count memory that somebody else allocates.
@@ -95,15 +97,17 @@ class Memory:
         Raises:
             BudgetError: it would pass the limit.
         """
-        if self.limit is not None and self.used + nbytes > self.limit:
+        with self._lock:
             needed = self.used + nbytes
-            raise BudgetError(f"{needed:,} bytes are needed, the budget is {self.limit:,}", needed)
-        self.used += nbytes
-        self.peak = max(self.peak, self.used)
+            if self.limit is not None and needed > self.limit:
+                raise BudgetError(f"{needed:,} bytes are needed, the budget is {self.limit:,}", needed)
+            self.used = needed
+            self.peak = max(self.peak, needed)
 
     def release(self, nbytes: int) -> None:
         """Count memory that is free again."""
-        self.used -= nbytes
+        with self._lock:
+            self.used -= nbytes
 
     def allocate(self, nbytes: int) -> Array:
         """Return a cache-line-aligned uint8 array; the caller releases its nbytes when done with it."""

@@ -5,6 +5,7 @@ its kernel wants ("rows" or "lanes"), with conversions put in where layouts meet
 binds the steps to addresses. Steps between two Python references form one C segment, run without Python.
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,19 +44,23 @@ class InPlace:
 class Weights:
     """What sessions of one model share: packed weights by (name, packer, instruction set)."""
 
-    def __init__(self, model: Model, memory: Memory) -> None:
+    def __init__(self, model: Model, trainable: Mapping[str, Array], memory: Memory) -> None:
         self.model = model
+        self.trainable = trainable
         self.memory = memory
         self._made: dict[tuple[str, str, int], Any] = {}
+        self._lock = threading.Lock()  # clones run at the same time
 
     def make(self, packed: Packed, threads: int) -> Any:
         """Return a packed weight, made once."""
         key = (packed.name, packed.pack.__name__, _core.isa_generation())
-        if key not in self._made:
-            view = weight_view(self.model.tensors[packed.name])
-            self.memory.charge(_core.packed_nbytes(packed.pack, view))
-            self._made[key] = packed.pack(view, threads)
-        return self._made[key]
+        with self._lock:
+            if key not in self._made:
+                tensor = self.model.tensors[packed.name]
+                view = weight_view(tensor, None if is_int8(tensor) else self.trainable.get(packed.name))
+                self.memory.charge(_core.packed_nbytes(packed.pack, view))
+                self._made[key] = packed.pack(view, threads)
+            return self._made[key]
 
 
 def weight_view(tensor: Tensor, trained: Array | None = None) -> _core.Weight:
@@ -108,7 +113,7 @@ class Layout:
         self.forms: dict[str, dict[str, Buffer]] = {name: {"rows": buffer} for name, buffer in self.inputs.items()}
         for node in model.nodes:
             self.node = node
-            if reference or not find(node).bind(node, self):
+            if reference or not self._bind(node):
                 self._refer(node)
         self.outputs = {name: self.rows(name) for name in model.outputs}
         self.nbytes = self._place()
@@ -205,9 +210,20 @@ class Layout:
         return Buffer(shape, dtype, self.bound.get(name))
 
     def _constant(self, name: str) -> Buffer:
-        trained = self.trainable.get(name)
-        array = np.asarray(self.model.tensors[name].dense(), order="C") if trained is None else trained
+        tensor, trained = self.model.tensors[name], self.trainable.get(name)
+        if trained is not None and tensor.kind != "dense":
+            raise ModelError(f"'{name}' trains in {tensor.kind} form, which nothing but a Linear can read")
+        array = np.asarray(tensor.dense(), order="C") if trained is None else trained
         return Buffer(array.shape, array.dtype, array)
+
+    def _bind(self, node: Node) -> bool:
+        """Append a node's kernel steps if it has any. Kernels are float32; only losses read anything else, their labels."""
+        if any(self.types[name].dtype != np.float32 for name in node.outputs):
+            return False
+        try:
+            return find(node).bind(node, self)
+        except (TypeError, ValueError) as error:
+            raise refusal(node, error) from error
 
     def _refer(self, node: Node) -> None:
         """Leave a node to NumPy: its inputs as arrays, a weight whose kind matters as a tensor."""
@@ -243,6 +259,11 @@ class Layout:
         return place(list({id(b.root): b.root for b in used if not b.external}.values()))
 
 
+def refusal(node: Node, error: Exception) -> ModelError:
+    """What to raise where the border refuses what an operator hands it."""
+    return ModelError(f"{node.op} '{node.name}': {error}")
+
+
 class Plan:
     """The second pass: steps bound to addresses in an arena."""
 
@@ -256,17 +277,18 @@ class Plan:
         self._arena = arena  # programs hold addresses in it
 
     def _bind(self, step: Step, arena: Array, weights: Weights, threads: int) -> None:
-        args = [arg.view(arena) if isinstance(arg, (Buffer, InPlace)) else arg for arg in step.args]
-        args = [weights.make(arg, threads) if isinstance(arg, Packed) else arg for arg in args]
+        args = [arg.view(arena) if isinstance(arg, Buffer) else arg for arg in step.args]
         if step.kernel is None:
             self.segments.append(_reference(step.node, args, [out.view(arena) for out in step.outputs]))
             return
         if not self.segments or not isinstance(self.segments[-1], _core.Program):
             self.segments.append(_core.Program())
         try:
+            args = [arg.view(arena) if isinstance(arg, InPlace) else arg for arg in args]
+            args = [weights.make(arg, threads) if isinstance(arg, Packed) else arg for arg in args]
             step.kernel(self.segments[-1], *args)
         except (TypeError, ValueError) as error:
-            raise ModelError(f"{step.node.op} '{step.node.name}': {error}") from error
+            raise refusal(step.node, error) from error
 
     def run(self, threads: int) -> None:
         for segment in self.segments:

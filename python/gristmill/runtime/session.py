@@ -74,7 +74,7 @@ class Session:
         compiled = _reblocked(fuse(_quantized(model, self.trainable) if precision == "int8" else model))
         self.memory = memory or Memory()
         self.in_place = in_place
-        self.weights = Weights(compiled, self.memory)
+        self.weights = Weights(compiled, self.trainable, self.memory)
         self._runs: OrderedDict[Any, Run] = OrderedDict()
         self._arena = self.memory.allocate(0)
         self._lock = threading.Lock()
@@ -170,14 +170,15 @@ class Session:
             shapes = tuple([(inputs[name].shape, inputs[name].dtype) for name in self.model.inputs])
         except (KeyError, AttributeError):
             return None
-        places = tuple([(name, a.ctypes.data, a.shape, a.strides, a.dtype) for name, a in outputs.items()])
+        places = tuple([(name, *_place(array)) for name, array in outputs.items()])
         return _core.isa_generation(), len(inputs), shapes, places
 
     def _bind(self, given: Mapping[str, TensorType], bound: dict[str, Array]) -> Run:
         layout = self.layout(given, bound)
         if layout.nbytes > self._arena.nbytes:
-            self._runs.clear()  # they hold the smaller arena
+            self._runs.clear()  # they hold the smaller arena, which goes before the larger one comes
             self.memory.release(self._arena.nbytes)
+            self._arena = self.memory.allocate(0)
             self._arena = self.memory.allocate(layout.nbytes)
         plan, threads = Plan(layout, self._arena, self.weights), self.threads
 
@@ -213,10 +214,16 @@ class Session:
     def _check_bound(self, given: Mapping[str, TensorType], bound: Mapping[str, Array]) -> Mapping[str, Array]:
         types = concrete_types(self.weights.model, given)
         for name, array in bound.items():
-            fits = name in self.model.outputs and array.shape == types[name].shape and array.dtype == types[name].dtype
+            fits = name in self.model.outputs and name not in self.model.tensors
+            fits = fits and array.shape == types[name].shape and array.dtype == types[name].dtype
             if not fits or not array.flags.c_contiguous or not array.flags.writeable:
                 raise ModelError(f"output '{name}' cannot be written to a {array.dtype} array of shape {array.shape}")
         return bound
+
+
+def _place(array: Array) -> tuple[Any, ...]:
+    """What a program that writes an array depends on; a view of the same address may differ in all the rest."""
+    return array.ctypes.data, array.dtype.str, array.shape, array.strides, array.flags.writeable
 
 
 def _matches(shape: tuple[int, ...], wanted: tuple[int | str, ...], symbols: dict[str, int]) -> bool:
