@@ -7,6 +7,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Look whether `replacing` could write a path, to find out before a long computation that it cannot.
+
+    Raises:
+        OSError: there is no such folder, it may not be written, or the path is a folder itself.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {target.parent} to save {target.name} in")
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; name a file")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"the folder {target.parent} may not be written, so {target.name} cannot be saved in it")
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; what is there when the block ends well becomes `path` in one step.
