@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gristmill.errors import ModelError
-from gristmill.model import Model
+from gristmill.model import Model, check_model
 from gristmill.ops import OWN, Node, TensorType
 
 LABELS = "labels"
@@ -52,7 +52,7 @@ def find(loss: str | Loss) -> Loss:
     """
     if isinstance(loss, Loss):
         return loss
-    if loss not in LOSSES:
+    if not isinstance(loss, str) or loss not in LOSSES:
         raise ModelError(f"unknown loss {loss!r}; choose one of {', '.join(LOSSES)}")
     return LOSSES[loss]
 
@@ -71,7 +71,7 @@ def attach(model: Model, loss: str | Loss) -> Model:
         ['labels', 'x']
     """
     chosen = find(loss)
-    if len(model.outputs) != 1:
+    if len(check_model(model).outputs) != 1:
         raise ModelError(f"a loss needs a model with one output, this one has {model.outputs}")
     output = model.types[model.outputs[0]]
     kinds = {LABELS: TensorType(np.dtype(np.int64), output.shape[:1]), TARGET: output, TEACHER: output}

@@ -76,12 +76,12 @@ def evaluate(model: Model | Session, data: Any, metric: str | Metric = "accuracy
         1.0
     """
     session = model if isinstance(model, Session) else session_of(model)
-    if isinstance(metric, str) and metric not in METRICS:
+    if not callable(metric) and (not isinstance(metric, str) or metric not in METRICS):
         raise ModelError(f"unknown metric {metric!r}; choose one of {', '.join(METRICS)}, or give a function")
     if len(session.model.outputs) != 1:
         raise ModelError(f"a metric needs a model with one output, this one has {session.model.outputs}")
-    if batch_size < 1:
-        raise ModelError(f"batch_size must be at least 1, got {batch_size}")
+    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise ModelError(f"batch_size must be at least 1 and whole, got {batch_size!r}")
     inputs, target = _split(session.model, data)
     ranges = [slice(start, start + batch_size) for start in range(0, len(target), batch_size)]
     if callable(metric):
@@ -98,8 +98,10 @@ def _split(model: Model, data: Any) -> tuple[dict[str, Array], Array]:
         if len(keys) != 1:
             raise DataError(f"data must hold '{losses.LABELS}' or '{losses.TARGET}' beside the inputs, got {sorted(data)}")
         x, target = {name: data[name] for name in model.inputs if name in data}, data[keys[0]]
-    else:
+    elif isinstance(data, (tuple, list)) and len(data) == 2:
         x, target = data
+    else:
+        raise DataError("data must be (x, y), or a mapping with the inputs and 'labels' or 'target'")
     named = x if isinstance(x, Mapping) else {next(iter(model.inputs)): x}
     inputs = {name: np.asarray(value) for name, value in named.items()}
     for name, kind in model.inputs.items():
@@ -121,4 +123,8 @@ def _fitting(metric: str, output: Array, target: Array) -> Array:
     wanted = output.shape if metric == "mse" else output.shape[:-1]
     if target.shape != wanted:
         raise DataError(f"{metric} of an output of shape {output.shape} needs a target of shape {wanted}, got {target.shape}")
+    if target.dtype.kind not in "biuf":
+        raise DataError(f"{metric} needs numbers to compare with, got {target.dtype}")
+    if metric == "cross_entropy" and not (target.min() >= 0 and target.max() < output.shape[-1]):
+        raise DataError(f"labels must lie in [0, {output.shape[-1]}), found {target.min()} to {target.max()}")
     return output

@@ -127,6 +127,17 @@ class Model:
         return f"Model({inputs} -> {', '.join(self.outputs)}; {len(self.nodes)} nodes, {self.nbytes:,} bytes)"
 
 
+def check_model(value: Any) -> Model:
+    """Return a model as it is.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    if not isinstance(value, Model):
+        raise ModelError(f"a Model is needed, got {type(value).__name__}; gm.load(path) reads one from a file")
+    return value
+
+
 def in_order(nodes: tuple[Node, ...], defined: Iterable[str]) -> list[Node]:
     """Return nodes in an order in which values are made before they are used, the given order where it serves.
 

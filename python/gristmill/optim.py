@@ -5,7 +5,7 @@ changes parameters and state in place. An optimiser itself is an immutable descr
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from math import isfinite, sqrt
 from typing import Any
 
@@ -20,8 +20,6 @@ Rate = float | Callable[[int], float]  # a schedule gives the rate of step 1, 2,
 
 
 def _check(what: str, value: float, low: float, high: float = float("inf")) -> None:
-    if callable(value):
-        return
     if not (isinstance(value, (int, float)) and isfinite(value) and low <= value < high):
         raise ModelError(f"{what} must lie in [{low}, {high}), got {value!r}")
 
@@ -40,13 +38,15 @@ class Optimizer:
     """
 
     learning_rate: Rate
+    _: KW_ONLY  # so that what follows the rate is what it is in torch.optim: SGD(0.1, 0.9) has momentum 0.9
     weight_decay: float = 0.0
     clip_norm: float | None = None
 
     def __post_init__(self) -> None:
-        _check("learning_rate", self.learning_rate, 0.0)  # type: ignore[arg-type]
+        if not callable(self.learning_rate):
+            _check("learning_rate", self.learning_rate, 0.0)
         _check("weight_decay", self.weight_decay, 0.0)
-        if self.clip_norm is not None and not self.clip_norm > 0:
+        if self.clip_norm is not None and not (isinstance(self.clip_norm, (int, float)) and self.clip_norm > 0):
             raise ModelError(f"clip_norm must be positive or None, got {self.clip_norm!r}")
 
     def init(self, size: int) -> State:
@@ -160,4 +160,16 @@ class Adam(Optimizer):
 class AdamW(Adam):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
 
+    _: KW_ONLY
     weight_decay: float = 0.01
+
+
+def check_optimizer(value: Any) -> Optimizer:
+    """Return an optimiser as it is.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    if not isinstance(value, Optimizer):
+        raise ModelError(f"an optimizer is an object such as Adam(1e-3) or SGD(0.1), got {value!r}")
+    return value

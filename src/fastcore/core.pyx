@@ -192,7 +192,7 @@ def set_isa(str cap=None):
     """Rebuild the kernel table with instruction sets up to `cap`: "scalar", "avx2", "avx512", or None for all."""
     cdef bytes name = b"" if cap is None else cap.encode()
     if fc_set_isa(name) != FC_OK:
-        raise ValueError(f"unknown instruction set {cap!r}; choose scalar, avx2 or avx512")
+        raise ValueError(f"unknown instruction set {cap!r}; choose scalar, avx2 or avx512 for GRISTMILL_ISA or set_isa")
 
 
 def isa_generation():

@@ -192,3 +192,18 @@ def test_a_reader_that_leaves_is_no_error(model):
     command = f"{sys.executable} -m gristmill inspect {model} | head -n 1; echo ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], env=ENV, capture_output=True, text=True, check=True)
     assert "Traceback" not in result.stderr
+
+
+def test_too_little_memory_is_one_line(tmp_path):
+    np.savez(tmp_path / "x.npz", x=np.ones((2, 3), np.float32), y=np.array([0, 10**12]))  # a million million classes
+    result = call("train", "--data", tmp_path / "x.npz", "--layers", "8", "--out", tmp_path / "m.safetensors")
+    fails(result, 1, "error: not enough memory")
+
+
+@pytest.mark.parametrize("command", ["run", "demo"])
+def test_outputs_are_checked_before_the_work(model, data, tmp_path, command):
+    missing = tmp_path / "no" / "file"
+    given = ["run", model, "--data", data, "--out", missing] if command == "run" else ["demo", "--json", missing]
+    result = call(*given)
+    fails(result, 1, "there is no folder")
+    assert result.stdout == ""

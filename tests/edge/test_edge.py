@@ -110,12 +110,20 @@ def test_divergence_is_an_error_and_the_model_stays(models, data):
 def test_bad_data_is_named(models):
     trainer = gm.EdgeTrainer(models["dense"], memory="1MiB")
     x, y = np.zeros((4, 32), np.float32), np.zeros(4, np.int64)
-    with pytest.raises(DataError, match="got 4 and 3"):
+    with pytest.raises(DataError, match=r"lengths differ: \{'x': 4, 'labels': 3\}"):
         trainer.fit(x, y[:3])
-    with pytest.raises(DataError, match="got 0 and 0"):
+    with pytest.raises(DataError, match="no examples"):
         trainer.fit(x[:0], y[:0])
+    with pytest.raises(DataError, match="'x' has shape"):
+        trainer.fit(x[:, :5], y)
+    with pytest.raises(DataError, match="'labels' has shape"):
+        trainer.fit(x, y[:, None])
+    with pytest.raises(DataError, match="does not convert"):
+        trainer.fit(x, y + 0.5)
+    with pytest.raises(DataError, match="does not convert"):
+        trainer.fit(x.astype(str), y)
     x[2, 5] = np.inf
-    with pytest.raises(DataError, match="\\(2, 5\\)"):
+    with pytest.raises(DataError, match="\\[2, 5\\]"):
         trainer.fit(x, y)
     with pytest.raises(DataError, match="outside"):
         trainer.fit(np.zeros((4, 32), np.float32), y + 9)
@@ -123,13 +131,18 @@ def test_bad_data_is_named(models):
 
 def test_options_are_checked(models):
     with pytest.raises(ModelError, match="update"):
-        gm.EdgeTrainer(models["dense"], memory="1MiB", update="first").fit(np.zeros((1, 32)), np.zeros(1))
+        gm.EdgeTrainer(models["dense"], memory="1MiB", update="first")
     with pytest.raises(ModelError, match="method"):
         gm.EdgeTrainer(models["dense"], memory="1MiB").fit(np.zeros((1, 32)), np.zeros(1), method="genetic")
     for bad in ("much", "-1", 0, "3 parsecs"):
         with pytest.raises(ModelError, match="memory"):
             gm.EdgeTrainer(models["dense"], memory=bad)
     assert parse_bytes("1.5 KiB") == 1536
+    for name, bad in (("epochs", 1.5), ("epochs", 0), ("batch_size", None), ("seed", -1)):
+        with pytest.raises(ModelError, match=name):
+            gm.EdgeTrainer(models["dense"], memory="1MiB").fit(np.zeros((1, 32)), np.zeros(1, int), **{name: bad})
+    with pytest.raises(ModelError, match="optimizer"):
+        gm.EdgeTrainer(models["dense"], memory="1MiB", optimizer="sgd")
 
 
 RESIDENT = """

@@ -1,5 +1,6 @@
 """The native file: what goes in comes out, equal models give equal bytes, and a file is whole or absent."""
 
+import errno
 import os
 import resource
 import subprocess
@@ -14,6 +15,7 @@ import gristmill as gm
 from formats.models import blocks, every_kind, unstructured
 from gristmill.errors import FormatError
 from gristmill.formats import load, native, save
+from gristmill.formats.atomic import replacing
 from gristmill.model import Model
 from gristmill.ops import TensorType
 from gristmill.tensor import Dense
@@ -197,3 +199,11 @@ def test_names_that_clash_with_a_part_are_refused():
     tensors = {"b.weight_scale": Dense(np.ones(1, np.float32))}
     with pytest.raises(FormatError, match=r"'b\.weight_scale' is taken"):
         native.to_bytes(every_kind().replace(tensors=tensors))
+
+
+def test_an_error_names_the_path_that_was_asked_for(tmp_path):
+    target = tmp_path / "model.safetensors"
+    with pytest.raises(OSError, match="No space") as caught, replacing(target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.filename == str(target)
+    assert list(tmp_path.iterdir()) == []

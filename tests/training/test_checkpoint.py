@@ -166,8 +166,20 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
 
 
 def test_a_folder_that_is_missing(tmp_path):
-    with pytest.raises(OSError, match="cannot write checkpoint"):
-        gm.fit(small_model(), blobs(), epochs=1, engine="inline", checkpoint=tmp_path / "no" / "run")
+    with pytest.raises(OSError, match="there is no folder"):  # before the first step
+        gm.fit(small_model(), blobs(), epochs=1 << 40, engine="inline", checkpoint=tmp_path / "no" / "run")
+
+
+def test_a_folder_instead_of_a_file(tmp_path):
+    with pytest.raises(OSError, match="is a folder"):
+        gm.fit(small_model(), blobs(), epochs=1 << 40, engine="inline", checkpoint=tmp_path)
+
+
+def test_a_resumed_history_keeps_its_order(tmp_path):
+    options = {"engine": "inline", "checkpoint": tmp_path / "run"}
+    first = gm.fit(small_model(), blobs(), epochs=1, **options)
+    second = gm.fit(small_model(), blobs(), epochs=2, resume=True, **options)
+    assert list(first.history) == list(second.history)
 
 
 @pytest.mark.parametrize("moment", [0.1, 0.4])

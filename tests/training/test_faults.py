@@ -223,7 +223,7 @@ def test_what_cannot_travel_fails_before_the_first_step():
             return linear_gradient(params, batch)
 
     params, data = linear_problem()
-    with pytest.raises(TypeError, match="lock"):
+    with pytest.raises(ModelError, match=r"cannot be sent to worker processes .*lock"):
         gm.fit_gradient(gradient, params, data, epochs=1)
 
 

@@ -24,6 +24,11 @@ class Commands(TyperGroup):
                 raise
             print(f"error: {one_line(error)}", file=sys.stderr)
             raise typer.Exit(1) from error
+        except MemoryError as error:
+            if ctx.params.get("debug"):
+                raise
+            print(f"error: not enough memory: {one_line(error)}", file=sys.stderr)
+            raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(130) from error

@@ -32,7 +32,9 @@ def read_arrays(path: Path) -> "dict[str, Array]":
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path} is not an .npz file of plain arrays: {error}") from error
+        # NumPy takes whatever it does not know for a pickle, and its advice is to trust it.
+        reason = "it holds Python objects, or is of another kind" if "pickle" in str(error) else error
+        raise DataError(f"{path} is not an .npz file of plain arrays: {reason}") from error
 
 
 def read_examples(path: Path, loss: str = "cross_entropy") -> "Examples":

@@ -26,7 +26,10 @@ def run(
 ) -> None:
     """Run a model on arrays from a file; print or write its outputs and the latency."""
     import gristmill as gm
+    from gristmill.formats.atomic import check_folder
 
+    if out is not None:
+        check_folder(out)
     loaded = gm.load(model)
     inputs = pick_inputs(loaded, data)
     session = gm.Session(loaded, threads=threads, precision=precision)

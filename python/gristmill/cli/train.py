@@ -115,7 +115,10 @@ def new_model(widths: list[int], activation: str, seed: int, x: "Array", y: "Arr
     import gristmill as gm
 
     if x.ndim != 2 or (loss == "mse" and y.ndim != 2):
-        raise DataError(f"a new model takes x [examples, features] and, for mse, y [examples, targets]; got {x.shape}, {y.shape}")
+        raise DataError(
+            f"a new model takes x [examples, features] and, for mse, y [examples, targets]; got {x.shape}, {y.shape}; "
+            "reshape(len(y), 1) makes one target of each number"
+        )
     outputs = int(y.max()) + 1 if loss == "cross_entropy" else y.shape[1]
     return gm.zoo.mlp([x.shape[1], *widths, outputs], activation=activation, seed=seed)
 

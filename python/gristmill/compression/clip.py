@@ -6,7 +6,7 @@ from math import ceil
 import numpy as np
 
 from gristmill import _core
-from gristmill.compression.recipe import Context, Pass, need_float, targets
+from gristmill.compression.recipe import Context, Pass, is_number, need_float, targets
 from gristmill.errors import ModelError
 from gristmill.model import Model
 from gristmill.tensor import Tensor
@@ -41,9 +41,9 @@ class Clip(Pass):
     def __post_init__(self) -> None:
         if self.value is not None and self.percentile is not None:
             raise ModelError("Clip takes a value or a percentile, not both")
-        if self.value is not None and not self.value > 0:
+        if self.value is not None and not (is_number(self.value) and self.value > 0):
             raise ModelError(f"Clip: value must be positive, got {self.value!r}")
-        if self.percentile is not None and not 0 < self.percentile <= 100:
+        if self.percentile is not None and not (is_number(self.percentile) and 0 < self.percentile <= 100):
             raise ModelError(f"Clip: percentile must lie in (0, 100], got {self.percentile!r}")
 
     def apply(self, model: Model, context: Context) -> Model:

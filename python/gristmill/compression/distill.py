@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from gristmill.compression.recipe import Context, Pass
+from gristmill.compression.recipe import Context, Pass, is_number
 from gristmill.errors import DataError, ModelError
 from gristmill.losses import LABELS, TEACHER, distillation
-from gristmill.model import Model
-from gristmill.optim import Adam, Optimizer
+from gristmill.model import Model, check_model
+from gristmill.optim import Adam, Optimizer, check_optimizer
 from gristmill.runtime.session import Session
 from gristmill.tensor.parts import Array
 from gristmill.training import fit
@@ -46,8 +46,15 @@ class Distill(Pass):
     workers: int = 1
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or not self.temperature > 0 or not 0 <= self.alpha <= 1:
-            raise ModelError("Distill: epochs must be at least 1, temperature positive, alpha in [0, 1]")
+        numbers = all(map(is_number, (self.epochs, self.temperature, self.alpha)))
+        if not numbers or self.epochs < 1 or not self.temperature > 0 or not 0 <= self.alpha <= 1:
+            raise ModelError(
+                "Distill: epochs must be at least 1, temperature positive, alpha in [0, 1]; "
+                f"got {self.epochs!r}, {self.temperature!r}, {self.alpha!r}"
+            )
+        check_optimizer(self.optimizer)
+        if self.teacher is not None:
+            check_model(self.teacher)
 
     def describe(self) -> dict[str, Any]:
         settings = {"epochs": self.epochs, "temperature": self.temperature, "alpha": self.alpha, "batch_size": self.batch_size}

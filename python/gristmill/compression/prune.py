@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gristmill import _core
-from gristmill.compression.recipe import Context, Pass, need_float, targets
+from gristmill.compression.recipe import Context, Pass, is_number, need_float, targets
 from gristmill.errors import ModelError
 from gristmill.model import Model
 from gristmill.tensor import Dense, Sparse, Tensor
@@ -45,7 +45,7 @@ class Prune(Pass):
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 < self.sparsity < 1:
+        if not (is_number(self.sparsity) and 0 < self.sparsity < 1):
             raise ModelError(f"Prune: sparsity must lie in (0, 1), got {self.sparsity!r}")
         if self.pattern not in PATTERNS:
             raise ModelError(f"Prune: unknown pattern {self.pattern!r}; choose one of {', '.join(PATTERNS)}")

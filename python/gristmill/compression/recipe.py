@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from math import isfinite
 from typing import Any
+
+import numpy as np
 
 from gristmill.errors import ModelError
 from gristmill.model import Model
@@ -53,6 +56,7 @@ def targets(model: Model, patterns: Sequence[str], skip: Sequence[str]) -> list[
     Raises:
         ModelError: a pattern matches nothing, or nothing is left.
     """
+    patterns, skip = ((given,) if isinstance(given, str) else given for given in (patterns, skip))
     for pattern in (*patterns, *skip):
         if not any(fnmatchcase(name, pattern) for name in model.weights):
             raise ModelError(f"pattern '{pattern}' matches none of the weights {list(model.weights)}")
@@ -64,6 +68,11 @@ def targets(model: Model, patterns: Sequence[str], skip: Sequence[str]) -> list[
     if not chosen:
         raise ModelError(f"no weights are left to work on: the model has {list(model.weights)}")
     return chosen
+
+
+def is_number(value: Any) -> bool:
+    """Say whether a setting is one finite real number."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and isfinite(value)
 
 
 def need_float(model: Model, name: str, what: str) -> None:

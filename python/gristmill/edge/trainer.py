@@ -10,14 +10,16 @@ from gristmill import _core
 from gristmill.autodiff import gradient_name, gradients
 from gristmill.edge.plan import MemoryPlan, flat_size, input_types, padded, plan_memory
 from gristmill.edge.update import Selection, select
-from gristmill.errors import DataError, DivergedError, ModelError
-from gristmill.losses import LABELS, LOSS, attach
+from gristmill.errors import DivergedError, ModelError
+from gristmill.losses import LOSS, attach
 from gristmill.losses import find as find_loss
-from gristmill.model import Model
-from gristmill.optim import SGD, Optimizer, State
+from gristmill.model import Model, check_model
+from gristmill.optim import SGD, Optimizer, State, check_optimizer
 from gristmill.runtime.arena import Memory
 from gristmill.runtime.session import Session
+from gristmill.runtime.threads import check_threads
 from gristmill.tensor.parts import Array
+from gristmill.training.data import model_data
 from gristmill.training.progress import Bar
 
 METHODS = ("mini-batch", "gradient-descent")
@@ -87,14 +89,15 @@ class EdgeTrainer:
         optimizer: Optimizer | None = None,
         threads: int = 1,
     ) -> None:
-        if len(model.inputs) != 1:
+        if len(check_model(model).inputs) != 1:
             raise ModelError(f"EdgeTrainer takes models of one input, got {sorted(model.inputs)}")
         self.model = model
         self.budget = parse_bytes(memory)
+        select(model, update)  # for its errors
         self.update = update
         self.loss = find_loss(loss)
-        self.optimizer = optimizer or SGD(0.05)
-        self.threads = threads
+        self.optimizer = SGD(0.05) if optimizer is None else check_optimizer(optimizer)
+        self.threads = check_threads(threads)
 
     def fit(
         self,
@@ -111,7 +114,7 @@ class EdgeTrainer:
 
         Args:
             x: float32 [examples, ...], as the model's input.
-            y: int64 [examples] labels, or float32 targets.
+            y: int64 [examples] labels, or float32 targets. Both are converted as `gm.fit` does.
             method: "mini-batch" updates after every `batch_size` examples, in an order drawn from `seed`; "gradient-descent"
                 after all of them, their gradients accumulated in micro-batches so that they fit.
             epochs: passes over the data.
@@ -121,38 +124,26 @@ class EdgeTrainer:
 
         Raises:
             BudgetError: the budget is too small; `needed_bytes` says what would do. Nothing was allocated.
-            DataError: the data is empty, of unequal lengths, or not finite.
+            ModelError: an option lies outside its range.
+            DataError: the data is empty, of unequal lengths, not finite, or does not fit the model.
             DivergedError: the loss stopped being finite; the model is as it was.
         """
         if method not in METHODS:
             raise ModelError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
-        inputs = self._inputs(x, y)
-        batch = len(x) if method == "gradient-descent" else min(batch_size, len(x))
-        if epochs < 1 or batch < 1:
-            raise ModelError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
+        for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+            if not isinstance(value, (int, np.integer)) or value < least:
+                raise ModelError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        inputs = model_data(self.model, self.loss, (x, y))
+        examples = len(next(iter(inputs.values())))
+        batch = examples if method == "gradient-descent" else min(batch_size, examples)
         run = _Run(self, batch)
         losses = []
-        with Bar(progress, epochs, steps=-(-len(x) // batch)) as bar:
-            for epoch, order in enumerate(_orders(len(x), epochs, seed, shuffle=method == "mini-batch")):
+        with Bar(progress, epochs, steps=-(-examples // batch)) as bar:
+            for epoch, order in enumerate(_orders(examples, epochs, seed, shuffle=method == "mini-batch")):
                 losses.append(run.epoch(inputs, order))
                 bar.epoch(epoch, losses[-1], {})
         peak = run.memory.peak
         return EdgeResult(run.finish(), run.plan.nbytes, peak, run.plan, {"loss": np.array(losses)})
-
-    def _inputs(self, x: Array, y: Array) -> dict[str, Array]:
-        (name,) = self.model.inputs
-        x = np.asarray(x, np.float32)
-        training = attach(self.model, self.loss)
-        target = next(extra for extra in training.inputs if extra != name)
-        y = np.asarray(y, training.inputs[target].dtype)
-        if len(x) == 0 or len(x) != len(y):
-            raise DataError(f"x and y must have the same number of examples, at least one: got {len(x)} and {len(y)}")
-        if not np.isfinite(x).all():
-            raise DataError(f"x is not finite at index {tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])}")
-        classes = training.types[self.model.outputs[0]].shape[-1]
-        if target == LABELS and isinstance(classes, int) and not (y.min() >= 0 and y.max() < classes):
-            raise DataError(f"labels must lie in [0, {classes}), found {y.min()} to {y.max()}: some are outside")
-        return {name: x, target: y}
 
 
 def _orders(count: int, epochs: int, seed: int, shuffle: bool) -> Iterator[Array]:

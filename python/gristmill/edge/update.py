@@ -62,7 +62,9 @@ def select(model: Model, update: str) -> Selection:
         return Selection(model, tuple(vectors), ())
     if update == "all":
         names = [name for name, tensor in model.tensors.items() if is_float(tensor.trainable)]
-    elif update.startswith("last:") and update[5:].isdigit() and 0 < int(update[5:]) <= len(linears):
+    elif (
+        isinstance(update, str) and update.startswith("last:") and update[5:].isdecimal() and 0 < int(update[5:]) <= len(linears)
+    ):
         last = linears[len(linears) - int(update[5:]) :]
         names = list(dict.fromkeys(name for node in last for name in node.inputs[1:3] if name))
     else:

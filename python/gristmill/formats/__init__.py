@@ -5,7 +5,8 @@ from pathlib import Path
 
 from gristmill.errors import FormatError
 from gristmill.formats import native
-from gristmill.model import Model
+from gristmill.formats.atomic import check_folder
+from gristmill.model import Model, check_model
 
 __all__ = ["check_target", "load", "save"]
 
@@ -48,6 +49,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         path: a `.safetensors` path in an existing folder; an existing file is replaced.
 
     Raises:
+        ModelError: `model` is no Model.
         FormatError: the format is unknown, or cannot hold the model.
         OSError: the folder is missing or cannot be written, or the disk is full.
 
@@ -55,6 +57,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         >>> import tempfile, gristmill as gm
         >>> save(gm.zoo.mlp([4, 3]), tempfile.mkdtemp() + "/tiny.safetensors")
     """
+    check_model(model)
     wanted = check_target(path)
     SAVERS[wanted.suffix](model, wanted)
 
@@ -64,11 +67,10 @@ def check_target(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         FormatError: the format is unknown.
-        OSError: there is no folder to write in.
+        OSError: there is no folder to write in, it may not be written, or the path is a folder itself.
     """
     wanted = Path(path)
     if wanted.suffix not in SAVERS:
         raise FormatError(f"{path}: saving {wanted.suffix or 'such'} files is not yet supported; known: {', '.join(SAVERS)}")
-    if not wanted.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {wanted.parent} to save {wanted.name} in")
+    check_folder(wanted)
     return wanted

@@ -3,8 +3,23 @@
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Look whether `replacing` could write a path, to find out before a long computation that it cannot.
+
+    Raises:
+        OSError: there is no such folder, it may not be written, or the path is a folder itself.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {target.parent} to save {target.name} in")
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; name a file")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"the folder {target.parent} may not be written, so {target.name} cannot be saved in it")
 
 
 @contextmanager
@@ -27,16 +42,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         mode = os.fstat(descriptor).st_mode if not target.exists() else target.stat().st_mode
         os.close(descriptor)
         yield temporary
         os.chmod(temporary, mode & 0o7777)  # the block may have put a new file there
         _sync(temporary)
         os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):  # what went wrong may be that there is no such place
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename, error.filename2 = os.fspath(path), None  # the caller knows no temporary name
         raise
     _sync(target.parent)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from gristmill import _core
 from gristmill.errors import ModelError
-from gristmill.model import Model
+from gristmill.model import Model, check_model
 from gristmill.ops import TensorType
 from gristmill.runtime.arena import Memory
 from gristmill.runtime.fuse import fuse
@@ -64,8 +64,8 @@ class Session:
         reference: bool = False,
     ) -> None:
         if precision not in PRECISIONS:
-            raise ModelError(f"unknown precision {precision!r}; choose one of {PRECISIONS}")
-        self.model = model
+            raise ModelError(f"unknown precision {precision!r}; choose float32 or int8")
+        self.model = check_model(model)
         self.threads = check_threads(threads)
         self.reference = reference
         self.trainable = dict(trainable or {})
@@ -143,6 +143,9 @@ class Session:
             One row for each step: node, op, kernel ("numpy" where there is none), variant (the instruction set), weight (its kind
             and shape) and bytes (of the weight as stored).
         """
+        for name, given_shape in shapes.items():
+            if name not in self.model.inputs or not isinstance(given_shape, (tuple, list)):
+                raise ModelError(f"give a tuple for each of the inputs {list(self.model.inputs)}, got {name}={given_shape!r}")
         given = {}
         for name, kind in self.model.inputs.items():
             shape = shapes.get(name, tuple(1 if isinstance(dim, str) else dim for dim in kind.shape))
@@ -275,7 +278,7 @@ _sessions_lock = threading.Lock()
 def session_of(model: Model) -> Session:
     """Return the default session of a model, built on first use and kept as long as the model lives."""
     with _sessions_lock:
-        session = _sessions.get(model)
+        session = _sessions.get(check_model(model))
         if session is None:
             # A session refers to its model: break the cycle, or the map would keep both alive.
             session = _sessions[model] = Session(model.replace())

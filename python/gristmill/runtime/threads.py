@@ -5,11 +5,14 @@ from functools import cache
 from math import ceil
 from pathlib import Path
 
+import numpy as np
+
 from gristmill import _core
 from gristmill.errors import ModelError
 
 CGROUP = Path("/sys/fs/cgroup")
 TOPOLOGY = Path("/sys/devices/system/cpu")
+MOST = max(256, os.cpu_count() or 1)  # more help nobody, and the OpenMP runtime falls over far more
 
 
 @cache
@@ -18,24 +21,24 @@ def default_threads() -> int:
     if not _core.has_threads():
         return 1
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if asked.isdigit() and int(asked) > 0:
-        return int(asked)
+    if asked.isdecimal() and int(asked) > 0:
+        return min(int(asked), MOST)
     quota = cgroup_quota()
     cores = physical_cores()
     return max(1, cores if quota is None else min(cores, ceil(quota)))
 
 
 def check_threads(threads: int | None) -> int:
-    """Return a thread count: the default for None.
+    """Return a thread count: the default for None, and never more than `MOST`.
 
     Raises:
         ModelError: it is not a positive integer.
     """
     if threads is None:
         return default_threads()
-    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
+    if not isinstance(threads, (int, np.integer)) or isinstance(threads, bool) or threads < 1:
         raise ModelError(f"threads must be a positive integer or None, got {threads!r}")
-    return threads
+    return min(int(threads), MOST)
 
 
 def physical_cores() -> int:

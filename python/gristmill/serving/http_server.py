@@ -11,6 +11,8 @@ from gristmill.errors import ServingError
 from gristmill.serving.limits import HEADER_BYTES, Limits
 from gristmill.serving.security import Tls
 
+LEAST_GRACE = 0.05  # with none uvicorn reports an error even where nothing is in flight
+
 
 class HttpServer:
     """A listening HTTP server on the running event loop.
@@ -62,7 +64,7 @@ class HttpServer:
         if self._task is None or self._task.done():
             self._listener.close()
             return
-        self._server.config.timeout_graceful_shutdown = grace  # type: ignore[assignment]
+        self._server.config.timeout_graceful_shutdown = max(grace, LEAST_GRACE)  # type: ignore[assignment]
         self._server.should_exit = True
         await self._task
         for task in self._server.server_state.tasks:

@@ -35,7 +35,9 @@ class ApiKey:
     __slots__ = ("_digest",)
 
     def __init__(self, key: str) -> None:
-        if not isinstance(key, str) or not key.strip():
+        if not isinstance(key, str):
+            raise ServingError(f"api_key must be a text, got {type(key).__name__}")
+        if not key.strip():
             raise ServingError("api_key is empty; give a long random string, or None to serve without a key")
         if key != key.strip() or not key.isascii() or not key.isprintable():
             raise ServingError("api_key must be printable ASCII without spaces at its ends")
@@ -107,7 +109,7 @@ def read_tls(tls: Tls) -> tuple[bytes, bytes]:
     Raises:
         ServingError: a file is missing, is not PEM, or the two do not match.
     """
-    if not isinstance(tls, tuple) or len(tls) != 2:
+    if not isinstance(tls, tuple) or len(tls) != 2 or not all(isinstance(file, (str, os.PathLike)) for file in tls):
         raise ServingError("tls must be a pair of file names: (certificate, private key)")
     try:
         # An empty password keeps OpenSSL from asking for one at the terminal.

@@ -89,6 +89,9 @@ def serve(
         ...     httpx.get(f"http://127.0.0.1:{server.http_port}/v2/models").json()
         {'models': ['model']}
     """
+    for name, seconds in (("grace", grace), ("notice", notice)):
+        if not isinstance(seconds, (int, float)) or not seconds >= 0:
+            raise ServingError(f"{name} must be a number of seconds from 0, got {seconds!r}")
     key = None if api_key is None else ApiKey(api_key)
     check_exposure(host, key, tls, insecure)
     _check_ports(http_port, grpc_port)

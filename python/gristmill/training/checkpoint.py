@@ -80,7 +80,7 @@ def save(path: str | os.PathLike[str], state: State, spec: Spec, settings: Mappi
             save_file(arrays, temporary, {KEY: json.dumps(description)})
     except (OSError, SafetensorError) as error:
         kept = "; the earlier checkpoint is intact" if Path(path).exists() else ""
-        raise OSError(getattr(error, "errno", None), f"cannot write checkpoint {path}: {error}{kept}") from error
+        raise OSError(f"cannot write checkpoint {path}: {getattr(error, 'strerror', None) or error}{kept}") from error
 
 
 def load(path: str | os.PathLike[str], state: State, spec: Spec, settings: Mapping[str, Any]) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from gristmill.errors import ModelError
 
 
@@ -34,8 +36,9 @@ class Until:
             raise ModelError("say when training ends: epochs=, or until=Until(epochs=, gradient_norm=, improvement=)")
         for name, least in (("epochs", 1), ("patience", 1), ("gradient_norm", 0.0), ("improvement", 0.0)):
             value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ModelError(f"{name} must be at least {least}, got {value!r}")
+            kind = (int, np.integer) if least == 1 else (int, float, np.number)
+            if (value is not None or name == "patience") and not (isinstance(value, kind) and value >= least):
+                raise ModelError(f"{name} must be at least {least}{' and whole' if least == 1 else ''}, got {value!r}")
 
     def reached(self, history: Mapping[str, Sequence[float]]) -> str | None:
         """Return the name of the condition that holds, or None."""

@@ -35,7 +35,7 @@ def own_data(data: Any) -> Dataset:
         named, structure = {str(i): value for i, value in enumerate(data)}, "tuple"
     else:
         named, structure = {"data": data}, "single"
-    arrays = {name: np.asarray(value, order="C") for name, value in named.items()}
+    arrays = {name: as_array(name, value) for name, value in named.items()}
     for name, array in arrays.items():
         if array.dtype.kind not in KINDS:
             raise DataError(f"data '{name}' has dtype {array.dtype}, which workers cannot share; convert it to numbers")
@@ -94,13 +94,25 @@ def _named(types: Mapping[str, TensorType], data: Any) -> dict[str, Any]:
     return dict(zip(types, data, strict=True))
 
 
+def as_array(name: str, value: Any) -> Array:
+    """Return a value as an array.
+
+    Raises:
+        DataError: it is a nest of lists of different lengths.
+    """
+    try:
+        return np.asarray(value, order="C")
+    except ValueError as error:
+        raise DataError(f"'{name}' is no array: its rows have different shapes") from error
+
+
 def convert(name: str, value: Any, kind: TensorType) -> Array:
     """Return an array of the dtype that the graph takes.
 
     Raises:
         DataError: that would lose what the values mean.
     """
-    array = np.asarray(value)
+    array = as_array(name, value)
     if array.dtype.kind not in "biuf" or not np.can_cast(array.dtype, kind.dtype, "same_kind"):
         raise DataError(f"'{name}' has dtype {array.dtype}, which does not convert to {kind.dtype}")
     with np.errstate(over="ignore"):  # what overflows is refused as not finite
@@ -123,8 +135,9 @@ def check_finite(name: str, array: Array) -> None:
         DataError: names the first of them.
     """
     # A sum of float32 values in float64 cannot overflow, and it needs no array of flags.
-    if array.dtype.kind != "f" or np.isfinite(np.add.reduce(array, axis=None, dtype=np.float64)):
-        return
+    with np.errstate(invalid="ignore"):
+        if array.dtype.kind != "f" or np.isfinite(np.add.reduce(array, axis=None, dtype=np.float64)):
+            return
     where = tuple(int(axis[0]) for axis in np.nonzero(~np.isfinite(array)))
     raise DataError(f"'{name}' has a value that is not finite: {array[where]} at index {list(where)}")
 

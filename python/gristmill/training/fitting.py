@@ -10,7 +10,7 @@ import numpy as np
 
 from gristmill import autodiff, losses, metrics
 from gristmill.errors import DataError, ModelError
-from gristmill.model import Model
+from gristmill.model import Model, check_model
 from gristmill.optim import SGD, Optimizer
 from gristmill.runtime.session import Session
 from gristmill.tensor.parts import Array
@@ -118,6 +118,7 @@ def fit(
         >>> bool(result.history["loss"][-1] < result.history["loss"][0])
         True
     """
+    check_model(model)
     chosen = losses.find(loss)
     settings = Settings(
         optimizer, ending(epochs, until), workers, engine, batch_size, slices, seed, reduction, checkpoint, resume, threads,
@@ -190,6 +191,8 @@ def fit_gradient(
         optimizer, ending(epochs, until), workers, engine, batch_size, slices, seed, reduction, checkpoint, resume, threads,
         worker_timeout, progress,
     )  # fmt: skip
+    if not callable(gradient):
+        raise ModelError(f"gradient must be a function of (params, batch), got {gradient!r}")
     dataset = own_data(data)
     single = not isinstance(params, Mapping)
     named = {SINGLE: params} if not isinstance(params, Mapping) else params
@@ -204,6 +207,8 @@ def ending(epochs: int | None, until: Until | None) -> Until:
     """Merge `epochs=` and `until=`."""
     if until is None:
         return Until(epochs=epochs)
+    if not isinstance(until, Until):
+        raise ModelError(f"until must be an Until(epochs=, gradient_norm=, improvement=), got {until!r}")
     if epochs is not None and until.epochs is not None:
         raise ModelError("give epochs= or until=Until(epochs=), not both")
     return until if epochs is None else Until(epochs, until.gradient_norm, until.improvement, until.patience)
@@ -219,7 +224,7 @@ def trainable_names(model: Model, loss: losses.Loss, names: Iterable[str] | None
         used = {name for node in model.nodes for name in node.inputs}
         chosen = [name for name, tensor in model.tensors.items() if name in used and tensor.trainable.dtype == np.float32]
     else:
-        chosen = list(dict.fromkeys(names))
+        chosen = list(dict.fromkeys([names] if isinstance(names, str) else names))
         for name in chosen:
             if name not in model.tensors or model.tensors[name].trainable.dtype != np.float32:
                 raise ModelError(f"'{name}' is no float32 tensor of the model; it has {sorted(model.tensors)}")

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from gristmill.errors import DivergedError, ModelError
-from gristmill.optim import Optimizer
+from gristmill.formats.atomic import check_folder
+from gristmill.optim import Optimizer, check_optimizer
 from gristmill.runtime.threads import check_threads, default_threads
 from gristmill.tensor.parts import Array
 from gristmill.training import checkpoint, shards
@@ -48,6 +49,7 @@ class Settings:
 
     Raises:
         ModelError: a setting lies outside its range, or two contradict each other.
+        OSError: the checkpoint could not be written.
     """
 
     optimizer: Optimizer
@@ -77,10 +79,13 @@ class Settings:
             )
         if self.reduction not in REDUCTIONS:
             raise ModelError(f"unknown reduction {self.reduction!r}; choose one of {', '.join(REDUCTIONS)}")
-        if not self.worker_timeout > 0:
+        check_optimizer(self.optimizer)
+        if not isinstance(self.worker_timeout, (int, float)) or not self.worker_timeout > 0:
             raise ModelError(f"worker_timeout must be a positive number of seconds, got {self.worker_timeout!r}")
         if self.resume and self.checkpoint is None:
             raise ModelError("resume=True needs checkpoint=, the path to resume from")
+        if self.checkpoint is not None:
+            check_folder(self.checkpoint)
         if self.threads is not None:
             check_threads(self.threads)
 
@@ -131,6 +136,8 @@ class Descent:
         self.examples = len(next(iter(data.values())))
         self.batch_size = min(settings.batch_size or self.examples, self.examples)
         self.shuffled = self.batch_size < self.examples  # the order within a full batch is of no consequence
+        # More slices than examples would stay empty, and each takes the room of a gradient.
+        self.slices = min(settings.slices, self.batch_size)
         self.steps = shards.steps_per_epoch(self.examples, self.batch_size)
         self.fingerprint = {**settings.fingerprint(spec, data), **(identity or {})}
         self.interrupts = Interrupts()
@@ -139,7 +146,7 @@ class Descent:
         """Start the workers, descend, and stop the workers, come what may."""
         settings = self.settings
         job = Job(
-            self.task, self.spec, self.data, settings.slices, self.shuffled, settings.workers, settings.threads,
+            self.task, self.spec, self.data, self.slices, self.shuffled, settings.workers, settings.threads,
             settings.worker_timeout,
         )  # fmt: skip
         self.server = Server(find(settings.engine), settings.worker_timeout)
@@ -185,7 +192,7 @@ class Descent:
         while state.cursor.batch < self.steps:
             started = perf_counter()
             step = state.cursor.step + 1
-            leases = shards.cut(self.examples, self.batch_size, state.cursor.batch, settings.slices)
+            leases = shards.cut(self.examples, self.batch_size, state.cursor.batch, self.slices)
             losses = self.server.gather(leases, step)
             loss, squares = self.aggregator.combine(leases, losses, step)
             with self.interrupts.held():
@@ -213,8 +220,7 @@ class Descent:
             "examples_per_second": self.examples / max(cursor.seconds, 1e-9),
             **values,
         }
-        for name, value in row.items():
-            self.state.history.setdefault(name, []).append(value)
+        self.state.history = {name: [*self.state.history.get(name, []), value] for name, value in row.items()}
         self.state.cursor = Cursor(epoch=cursor.epoch + 1, step=cursor.step)
         bar.epoch(cursor.epoch, row["loss"], values)
         self._save()

@@ -92,7 +92,13 @@ class FunctionTask:
         except ImportError as error:
             raise MissingExtraError("cloudpickle", "train") from error
         header = {"kind": "function", "structure": self.structure, "single": self.single}
-        return header, cloudpickle.dumps(self.function)
+        try:
+            return header, cloudpickle.dumps(self.function)
+        except Exception as error:  # whatever the objects that the function refers to raise
+            raise ModelError(
+                f"the gradient function cannot be sent to worker processes ({error}); "
+                "make what it refers to inside the function, or use engine='inline'"
+            ) from error
 
 
 class _FunctionGradient:

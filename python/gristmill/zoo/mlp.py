@@ -32,22 +32,25 @@ def mlp(sizes: Sequence[int], activation: str = "relu", seed: int = 0, layer_nor
         layer_norm: normalise before each activation.
 
     Raises:
-        ModelError: fewer than two sizes, a size below 1, or an unknown activation.
+        ModelError: fewer than two sizes, a size that is no whole number from 1, or an unknown activation or seed.
 
     Example:
         >>> mlp([64, 512, 256, 10]).weights
         ('layer0.weight', 'layer1.weight', 'layer2.weight')
     """
-    if len(sizes) < 2 or any(int(size) < 1 for size in sizes):
-        raise ModelError(f"an mlp needs at least two positive sizes, got {list(sizes)}")
-    if activation not in ACTIVATIONS:
+    widths = list(sizes) if isinstance(sizes, (Sequence, np.ndarray)) else []
+    if len(widths) < 2 or not all(isinstance(size, (int, np.integer)) and size >= 1 for size in widths):
+        raise ModelError(f"an mlp needs a list of at least two sizes, positive whole numbers, got {sizes!r}")
+    if not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise ModelError(f"seed must be a whole number of at least 0, got {seed!r}")
+    if activation not in tuple(ACTIVATIONS):
         raise ModelError(f"unknown activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
     op, gain = ACTIVATIONS[activation]
     rng = np.random.default_rng(seed)
     nodes: list[Node] = []
     tensors: dict[str, Tensor] = {}
-    value, last = "x", len(sizes) - 2
-    for layer, (k, n) in enumerate(pairwise(sizes)):
+    value, last = "x", len(widths) - 2
+    for layer, (k, n) in enumerate(pairwise(map(int, widths))):
         weight, bias = f"layer{layer}.weight", f"layer{layer}.bias"
         tensors[weight] = Dense((rng.standard_normal((n, k)) * sqrt(gain / k)).astype(np.float32))
         tensors[bias] = Dense(np.zeros(n, np.float32))
@@ -63,5 +66,5 @@ def mlp(sizes: Sequence[int], activation: str = "relu", seed: int = 0, layer_nor
             value = f"{value}.norm"
         nodes.append(Node(op, (value,), (f"{value}.{activation}",)))
         value = f"{value}.{activation}"
-    inputs = {"x": TensorType(np.dtype(np.float32), ("batch", int(sizes[0])))}
+    inputs = {"x": TensorType(np.dtype(np.float32), ("batch", int(widths[0])))}
     return Model(tuple(nodes), tensors, inputs, ("logits",))

@@ -120,8 +120,8 @@ def find(engine: str | Engine) -> Engine:
     Raises:
         ModelError: there is none of that name.
     """
-    if not isinstance(engine, str):
+    if not isinstance(engine, str) and hasattr(engine, "wait_any"):
         return engine
-    if engine not in ENGINES:
+    if not isinstance(engine, str) or engine not in ENGINES:
         raise ModelError(f"unknown engine {engine!r}; choose one of {', '.join(ENGINES)}")
     return ENGINES[engine]()
