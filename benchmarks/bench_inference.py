@@ -63,14 +63,14 @@ def contests():
             name = "x".join(map(str, shape))
             yield Contest(f"float32 product {name}", shape, threads, FLOAT)
             yield Contest(f"int8 product {name}", shape, threads, INT8)
-            yield Contest(f"sparse float32 product {name}", shape, threads, SPARSE, rounds=7)
+            yield Contest(f"sparse float32 product {name}", shape, threads, SPARSE)
             yield Contest(f"sparse int8 product {name}", shape, threads, SPARSE_INT8)
         for batch in (1, 256):
             yield Contest(f"digits classifier, batch {batch}", (batch,), threads, DIGITS)
     for shape in SHAPES:
         name = "x".join(map(str, shape))
-        yield Contest(f"break-even float32 {name}", shape, 1, ladder("gristmill"), rounds=7, seconds=0.15)
-        yield Contest(f"break-even int8 {name}", shape, 1, ladder("gristmill_int8"), rounds=7, seconds=0.15)
+        yield Contest(f"break-even float32 {name}", shape, 1, ladder("gristmill"), seconds=0.1)
+        yield Contest(f"break-even int8 {name}", shape, 1, ladder("gristmill_int8"), seconds=0.1)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """y[m, n] = x[m, k] @ W[n, k].T with a constant weight: float32, int8 with activations quantised at run time, and sparse."""
 
+from contextlib import ExitStack
+
 import numpy as np
 from onnx_models import bound_run, perceptron, quantized
 from protocol import serve
+
+FOREVER = ExitStack()
 
 
 def operands(m: int, k: int, n: int, sparsity: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +43,7 @@ def torch_inference(threads):
     import torch
 
     torch.set_num_threads(threads)
-    torch.inference_mode().__enter__()
+    FOREVER.enter_context(torch.inference_mode())
     return torch
 
 

@@ -47,8 +47,8 @@ class Contest:
     threads: int
     entries: tuple[Entry, ...]
     unit: str = "s"
-    rounds: int = 9
-    seconds: float = 0.25
+    rounds: int = 7
+    seconds: float = 0.15
 
 
 class Worker:
@@ -87,7 +87,8 @@ class Worker:
         os.killpg(self.process.pid, number)
 
     def close(self) -> None:
-        self.signal(signal.SIGKILL)
+        if self.process.poll() is None:
+            self.signal(signal.SIGKILL)
         self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()
