@@ -3,16 +3,18 @@
 python benchmarks/bench_inference.py [--only int8] [--threads 2]
 """
 
+import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "rivals"))
 
-from race import Contest, Entry, main
+from race import RESULTS, Contest, Entry, main, ratios
 
 SHAPES = ((128, 768, 3072), (512, 3072, 768), (128, 384, 1536), (1, 768, 3072))  # m, k, n
 SPARSITY = (0.8,)
-LADDER = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+LADDER = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 FLOAT = (
     Entry("gristmill Session", "gemm", "gristmill"),
@@ -73,5 +75,19 @@ def contests():
         yield Contest(f"break-even int8 {name}", shape, 1, ladder("gristmill_int8"), seconds=0.1)
 
 
+def break_even(rounds: dict[str, list[float]]) -> str:
+    """Return the sparsity at which sparse takes as long as dense, between the rungs around it."""
+    steps = list(zip(LADDER, list(ratios(rounds).values())[1:], strict=True))
+    if steps[0][1] <= 1:
+        return f"below {LADDER[0]:.0%}"
+    for (low, slow), (high, fast) in pairwise(steps):
+        if fast <= 1:
+            return f"{low + (high - low) * (slow - 1) / (slow - fast):.0%}"
+    return f"above {LADDER[-1]:.0%}"
+
+
 if __name__ == "__main__":
     main(__doc__, contests(), "inference")
+    for result in json.loads((RESULTS / "inference.json").read_text()):
+        if result["title"].startswith("break-even"):
+            print(f"{result['title']}: {break_even(result['rounds'])}")

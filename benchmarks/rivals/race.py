@@ -129,7 +129,7 @@ def table(result: Mapping[str, object]) -> str:
     times: Mapping[str, Sequence[float]] = result["rounds"]
     heading = "samples/s" if result["unit"] == "sample" else "time"
     lines = [f"**{result['title']}, {result['threads']} thread{'s'[: result['threads'] != 1]}**", ""]
-    lines += [f"| engine | {heading} | noise | ours is faster by |", "|---|---:|---:|---:|"]
+    lines += [f"| engine | {heading} | noise | times the first row |", "|---|---:|---:|---:|"]
     factors = ratios(times)
     for label, each in times.items():
         middle = median(each)
@@ -182,6 +182,7 @@ def main(description: str, contests: Iterable[Contest], name: str) -> None:
         with locked(arguments.lock):
             result = {**race(contest), "machine": machine(), "date": time.strftime("%Y-%m-%d")}
         print(table(result), end="\n\n", flush=True)
+        RESULTS.mkdir(exist_ok=True)
         key = (result["title"], result["threads"])
         done = [old for old in done if (old["title"], old["threads"]) != key] + [result]
         target.write_text(json.dumps(done, indent=1) + "\n")
