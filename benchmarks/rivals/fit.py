@@ -11,6 +11,7 @@ from statistics import median
 
 import numpy as np
 from protocol import serve
+import itertools
 
 MODELS = {1: ((64, 512, 256, 10), 1408, 8), 10: ((784, 2048, 2048, 2048, 10), 2560, 2)}  # layers, examples, epochs of a call
 RATE = 1e-3
@@ -47,7 +48,7 @@ def torch_step(torch, which, compiled=False):
     """Return the module, and what runs one optimiser step on a batch."""
     sizes = MODELS[which][0]
     torch.manual_seed(0)
-    layers = [part for k, n in zip(sizes, sizes[1:], strict=False) for part in (torch.nn.Linear(k, n), torch.nn.ReLU())]
+    layers = [part for k, n in itertools.pairwise(sizes) for part in (torch.nn.Linear(k, n), torch.nn.ReLU())]
     model = torch.nn.Sequential(*layers[:-1])
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE, fused=True)
 
