@@ -20,10 +20,11 @@ check: $(VENV)/.dev
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks/bench_kernels.py -q -s --benchmark-columns=min,median,rounds
 
-asan: $(VENV)/.test
+# The sources go first: an extension built in place must not replace the one under test.
+asan: $(VENV)/.dev
+	mkdir -p $(VENV)/asan && cp -r python/gristmill $(VENV)/asan/
 	GRISTMILL_CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g" $(BIN)/python setup.py -q build_ext -f --build-lib $(VENV)/asan --build-temp $(VENV)/asan-objects
-	cp -r python/gristmill $(VENV)/asan/
-	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" PYTHONPATH=$(VENV)/asan $(BIN)/python -m pytest -q tests/kernels tests/formats
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" PYTHONPATH=$(VENV)/asan $(BIN)/python -m pytest -q tests/kernels tests/ops tests/runtime tests/tensor tests/formats
 
 dist: $(VENV)/.dev
 	$(BIN)/python -m build --sdist

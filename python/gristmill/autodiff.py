@@ -98,7 +98,7 @@ def _assemble(model: Model, loss: str, wrt: list[str], tape: _Tape) -> Model:
     final: dict[str, str] = {}
     for name in wrt:
         value = tape.gradients[name]
-        if value in final:  # as both terms of a sum do: the second gets a copy
+        if value in final or value == SEED:  # as both terms of a sum do: the second gets a copy, and so does what is no node's
             value = tape.emit("Identity", [value], domain="")
         final[value] = gradient_name(name)
     rename = [

@@ -67,6 +67,12 @@ ACTIVATIONS = {
 }
 
 
+cdef fc_activation activation_of(object kind) except *:
+    if kind not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {kind!r}; choose one of {', '.join(map(str, ACTIVATIONS))}")
+    return ACTIVATIONS[kind]
+
+
 cdef int check(fc_status status) except -1:
     if status == FC_OK:
         return 0
@@ -154,9 +160,8 @@ cdef class Weight:
     cdef tuple held
     cdef readonly tuple shape
 
-    def __init__(self, values, tuple shape, scale=None, row_offsets=None, index=None):
+    def __cinit__(self, values, tuple shape, scale=None, row_offsets=None, index=None):
         cdef int64_t n, k, groups, blocks
-        memset(&self.view, 0, sizeof(self.view))
         n, k = shape
         kind = "f" if scale is None else "b"
         self.shape = (n, k)

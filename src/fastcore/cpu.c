@@ -16,23 +16,22 @@ static unsigned long long read_xcr0(void) {
 static int has(unsigned word, unsigned bits) { return (word & bits) == bits; }
 
 unsigned fc_cpu_flags(void) {
-    unsigned a, b, c, d, leaf1_c, leaf7_a, leaf7_b, leaf7_c, leaf71_a = 0, flags = 0;
+    unsigned a, b, d, leaf1_c, leaf7_b, leaf7_c, extended_c, flags = 0;
     if (!__get_cpuid(1, &a, &b, &leaf1_c, &d) || !has(leaf1_c, 1u << 27 | 1u << 28)) /* OSXSAVE, AVX */
         return 0;
-    if (!__get_cpuid_count(7, 0, &leaf7_a, &leaf7_b, &leaf7_c, &d)) return 0;
-    if (leaf7_a >= 1) __get_cpuid_count(7, 1, &leaf71_a, &b, &c, &d);
+    if (!__get_cpuid_count(7, 0, &a, &leaf7_b, &leaf7_c, &d)) return 0;
+    if (!__get_cpuid(0x80000001, &a, &b, &extended_c, &d)) return 0;
     const unsigned long long xcr0 = read_xcr0();
-    /* leaf 1 ecx: FMA 12, POPCNT 23, F16C 29; leaf 7 ebx: AVX2 5, BMI2 8 */
-    if ((xcr0 & XCR0_YMM) != XCR0_YMM || !has(leaf1_c, 1u << 12 | 1u << 23 | 1u << 29) || !has(leaf7_b, 1u << 5 | 1u << 8))
+    /* leaf 1 ecx: FMA 12, POPCNT 23, F16C 29; leaf 7 ebx: AVX2 5, BMI2 8; extended leaf 1 ecx: LZCNT 5, which a CPU that lacks it
+     * runs as BSR, to a wrong answer */
+    if ((xcr0 & XCR0_YMM) != XCR0_YMM || !has(leaf1_c, 1u << 12 | 1u << 23 | 1u << 29) || !has(leaf7_b, 1u << 5 | 1u << 8) ||
+        !has(extended_c, 1u << 5))
         return 0;
     flags |= FC_CPU_AVX2;
-    if (has(leaf71_a, 1u << 4)) flags |= FC_CPU_AVXVNNI;
     /* leaf 7 ebx: F 16, DQ 17, CD 28, BW 30, VL 31 */
     if ((xcr0 & XCR0_ZMM) != XCR0_ZMM || !has(leaf7_b, 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31)) return flags;
     flags |= FC_CPU_AVX512;
     if (has(leaf7_c, 1u << 11)) flags |= FC_CPU_AVX512VNNI;
-    if (has(leaf7_c, 1u << 6)) flags |= FC_CPU_AVX512VBMI2;
-    if (has(leaf71_a, 1u << 5)) flags |= FC_CPU_AVX512BF16;
     return flags;
 }
 #else

@@ -5,12 +5,9 @@
 #include "isa.h"
 
 enum {
-    FC_CPU_AVX2 = 1 << 0,   /* AVX2, FMA, F16C, BMI2 and the OS saves ymm */
+    FC_CPU_AVX2 = 1 << 0,   /* AVX2, FMA, F16C, BMI2, LZCNT and the OS saves ymm */
     FC_CPU_AVX512 = 1 << 1, /* F, BW, DQ, VL, CD and the OS saves zmm */
     FC_CPU_AVX512VNNI = 1 << 2,
-    FC_CPU_AVX512VBMI2 = 1 << 3,
-    FC_CPU_AVX512BF16 = 1 << 4,
-    FC_CPU_AVXVNNI = 1 << 5,
 };
 
 FC_HIDDEN unsigned fc_cpu_flags(void);

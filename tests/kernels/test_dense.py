@@ -163,7 +163,7 @@ def bad_calls():
         ("out is read-only", {"out": locked}, (ValueError, BufferError)),
         ("bias is short", {"bias": np.empty(N - 1, f)}, ValueError),
         ("residual is transposed", {"residual": np.empty((N, M), f)}, ValueError),
-        ("activation is unknown", {"activation": "swish"}, KeyError),
+        ("activation is unknown", {"activation": "swish"}, ValueError),
         ("weight is an array", {"weight": np.empty((N, K), f)}, TypeError),
         ("scratch is short", {"scratch": scratch_for()[:-1]}, ValueError),
         ("scratch is float", {"scratch": np.empty(1 << 20, f)}, TypeError),

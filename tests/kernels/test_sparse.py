@@ -313,6 +313,23 @@ def test_packed_blocks_describe_themselves(rng):
     assert packed.nbytes > 0
 
 
+@pytest.mark.parametrize("block", [(1, 2), (1, 256), (64, 4)])
+def test_the_size_of_a_packed_weight_is_asked_of_known_blocks_only(block):
+    """A block wider than a panel would divide by the zero blocks that fit into it."""
+    one = np.array([0], np.int32)
+    weight = _core.Weight(np.ones((1, *block), np.float32), block, None, np.array([0, 1], np.int32), one)
+    with pytest.raises(ValueError, match="no kernel for blocks"):
+        _core.packed_nbytes(_core.pack_sparse, weight)
+
+
+def test_a_bound_weight_cannot_be_pointed_elsewhere(rng):
+    weight, _ = block_weight(rng)
+    packed, shape = _core.pack_sparse(weight), weight.shape
+    weight.__init__(np.ones((1, 1), np.float32), (1, 1))
+    packed.__init__(_core.Weight(np.ones((1, 1, 4), np.float32), (1, 4), None, np.array([0, 1], np.int32), np.zeros(1, np.int32)))
+    assert weight.shape == packed.shape == shape
+
+
 def test_products_check_their_arguments(rng):
     weight, _ = block_weight(rng)
     codes_weight = _core.pack_sparse(block_weight(rng, int8=True)[0])

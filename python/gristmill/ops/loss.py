@@ -127,8 +127,9 @@ class MeanSquaredError(Op):
         return [np.asarray(((x.astype(np.float64) - target) ** 2).mean(), FLOAT)]
 
     def gradient(self, node: Node, tape: Tape, dy: str) -> None:
-        if tape.wants(node.inputs[0]):
-            tape.add(node.inputs[0], tape.emit("MeanSquaredErrorGrad", [dy, *node.inputs]))
+        for value, other in (node.inputs, node.inputs[::-1]):
+            if tape.wants(value):
+                tape.add(value, tape.emit("MeanSquaredErrorGrad", [dy, value, other]))
 
     def bind(self, node: Node, binder: Binder) -> bool:
         binder.step(_core.mean_squared_error, *map(binder.rows, node.inputs), binder.output(node.outputs[0]))
@@ -175,6 +176,7 @@ class DistillationLoss(Op):
         return [np.asarray(alpha * t * t * divergence + (1 - alpha) * mean_cross_entropy(logits, labels), FLOAT)]
 
     def gradient(self, node: Node, tape: Tape, dy: str) -> None:
+        need(not tape.wants(node.inputs[1]), node, "the teacher must not depend on what is differentiated")
         if tape.wants(node.inputs[0]):
             tape.add(node.inputs[0], tape.emit("DistillationLossGrad", [dy, *node.inputs], node.attributes))
 

@@ -111,7 +111,7 @@ def linear(Program program not None, x, weight, out, bias, activation, residual,
     args.out = <float *>pointer(out, "out", "f", (args.m, args.n), True)
     args.bias = <const float *>optional_pointer(bias, "bias", "f", (args.n,))
     args.residual = <const float *>optional_pointer(residual, "residual", "f", (args.m, args.n))
-    args.activation = ACTIVATIONS[activation]
+    args.activation = activation_of(activation)
     args.scratch = pointer(scratch, "scratch", "B", (None,), True)
     args.scratch_bytes = scratch_size(scratch, args.m, args.n, args.k)
     refuse_overlap(out, x, "out and x")

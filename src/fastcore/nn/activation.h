@@ -78,23 +78,6 @@ FC_INLINE float fc_mills(float t) {
     return fc_fma(p, t, -7.0778214649e-6f);
 }
 
-/* Odd polynomial below 1, the complement by exp and Mills' ratio elsewhere; below 2 ulp. */
-FC_INLINE float fc_erf(float x) {
-    const float z = x * x;
-    float p = 7.9203680798e-5f;
-    p = fc_fma(p, z, -8.0307613825e-4f);
-    p = fc_fma(p, z, 5.1907338202e-3f);
-    p = fc_fma(p, z, -2.6855126023e-2f);
-    p = fc_fma(p, z, 1.1283618212e-1f);
-    p = fc_fma(p, z, -3.7612628937e-1f);
-    p = fc_fma(p, z, 1.2837916613e-1f);
-    const float near = fc_fma(p, x, x);
-    const float a = __builtin_fabsf(x);
-    const float half = fc_exp(-z) * fc_mills(1.0f / fc_fma(0.36769553f, a, 1.0f));
-    const float far = fc_fma(-2.0f, half, 1.0f);
-    return a < 1.0f ? near : __builtin_copysignf(far, x);
-}
-
 /* The normal distribution function, and exp(-x*x/2) on the way; below 8 ulp for x > -3. The lower tail keeps its relative
  * accuracy, which (1 + erf) / 2 loses: the error grows as exp's argument does, to 1.2e-6 at x = -6. */
 FC_INLINE float fc_normal_cdf(float x, float *bell) {

@@ -69,10 +69,8 @@ cdef int add_elementwise(
     """Append an elementwise step; a, b, out are (array, name), all of one shape, b's array None where there is no second."""
     cdef fc_elementwise e
     memset(&e, 0, sizeof(e))
-    if kind not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {kind!r}; choose from {list(ACTIVATIONS)}")
     shape = tuple(a[0].shape)
-    e.kind, e.factor, e.n = ACTIVATIONS[kind], factor, items(shape)
+    e.kind, e.factor, e.n = activation_of(kind), factor, items(shape)
     e.a = <const float *>pointer(a[0], a[1], "f", shape)
     e.b = <const float *>optional_pointer(b[0], b[1], "f", shape)
     e.out = <float *>pointer(out[0], out[1], "f", shape, True)

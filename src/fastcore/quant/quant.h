@@ -110,9 +110,9 @@ typedef struct fc_packed_int8 {
     int8_t *panels;      /* [ceil(n / 32)][K4][32][4], pads 0 */
     int32_t *correction; /* [ceil(n / 32)][32] */
 } fc_packed_int8;
-/* Allocate for an [n, k] weight; fc_pack_int8 fills it. */
 /* What init will allocate. */
 int64_t fc_packed_int8_nbytes(int64_t n, int64_t k);
+/* Allocate for an [n, k] weight; fc_pack_int8 fills it. */
 fc_status fc_packed_int8_init(fc_packed_int8 *packed, int64_t n, int64_t k);
 void fc_packed_int8_free(fc_packed_int8 *packed);
 

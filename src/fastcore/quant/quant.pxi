@@ -165,7 +165,5 @@ def linear_int8(
     args.residual = <const float *>optional_pointer(residual, "residual", "f", (m, n))
     args.out = <float *>pointer(out, "out", "f", (m, n), True)
     args.m = m
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}")
-    args.activation = ACTIVATIONS[activation]
+    args.activation = activation_of(activation)
     program.add(fc_linear_int8, &args, sizeof(args), (codes, scales, weight, weight_scale, out, bias, residual))

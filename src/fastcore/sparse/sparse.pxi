@@ -131,6 +131,21 @@ def unpack_blocks(Weight weight not None, object out not None, int threads=1):
     run_now(fc_blocks_unpack, &unpack, threads)
 
 
+cdef int check_kernel(const fc_weight *view) except -1:
+    """Refuse a weight that is not in blocks, or in blocks that no kernel multiplies."""
+    if view.kind not in (FC_BLOCKS_F32, FC_BLOCKS_S8):
+        raise ValueError("weight: expected blocks, got a dense weight")
+    block = (view.block_rows, view.block_cols)
+    known = [(1, 4), (2, 4), (4, 4)]
+    if view.kind == FC_BLOCKS_F32:
+        known.append((1, 1))
+    if block not in known:
+        raise ValueError(f"weight: no kernel for blocks of {block}; choose one of {sorted(known)}")
+    if view.kind == FC_BLOCKS_S8 and view.k >= 1 << 17:
+        raise ValueError(f"weight: int32 sums hold fewer than {1 << 17} products of int8, got {view.k}")
+    return 0
+
+
 cdef class PackedBlocks:
     """A block weight with what its kernel wants to know beforehand: where rows cross K blocks, and the sums of int8 rows.
 
@@ -143,21 +158,12 @@ cdef class PackedBlocks:
     cdef readonly tuple shape
     cdef readonly int64_t nbytes
 
-    def __init__(self, Weight weight not None):
+    def __cinit__(self, Weight weight not None):
         cdef fc_weight *view = &weight.view
         cdef int64_t groups
         cdef int32_t *cuts
         cdef int32_t *sums = NULL
-        if view.kind not in (FC_BLOCKS_F32, FC_BLOCKS_S8):
-            raise ValueError("weight: expected blocks, got a dense weight")
-        block = (view.block_rows, view.block_cols)
-        known = [(1, 4), (2, 4), (4, 4)]
-        if view.kind == FC_BLOCKS_F32:
-            known.append((1, 1))
-        if block not in known:
-            raise ValueError(f"weight: no kernel for blocks of {block}; choose one of {sorted(known)}")
-        if view.kind == FC_BLOCKS_S8 and view.k >= 1 << 17:
-            raise ValueError(f"weight: int32 sums hold fewer than {1 << 17} products of int8, got {view.k}")
+        check_kernel(view)
         groups = view.n // view.block_rows
         import numpy
 
@@ -178,6 +184,7 @@ cdef class PackedBlocks:
 
 def blocks_packed_nbytes(Weight weight not None):
     """Return the bytes that a PackedBlocks adds to a weight."""
+    check_kernel(&weight.view)
     groups = weight.view.n // weight.view.block_rows
     sums = weight.view.n if weight.view.kind == FC_BLOCKS_S8 else 0
     return 4 * ((fc_blocks_split_k(&weight.view).count + 1) * groups + sums)
@@ -190,9 +197,7 @@ def pack_sparse(Weight weight not None, int threads=1):
 
 cdef int bind_epilogue(fc_sparse_linear *a, object out, object bias, object activation, object residual) except -1:
     """Fill what both products share; a.weight and a.m are set."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}; choose one of {sorted(ACTIVATIONS, key=str)}")
-    a.activation = ACTIVATIONS[activation]
+    a.activation = activation_of(activation)
     a.out = <float *>pointer(out, "out", "f", (a.weight.n, a.m), True)
     a.bias = <const float *>optional_pointer(bias, "bias", "f", (a.weight.n,))
     a.residual = <const float *>optional_pointer(residual, "residual", "f", (a.weight.n, a.m))
