@@ -31,7 +31,6 @@ class MemoryPlan:
     optimizer: int
     activations: int
     packed_weights: int
-    masters: int
     staging: int
 
     @property
@@ -41,7 +40,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    session: Session, trainable: Mapping[str, Array], optimizer: Optimizer, batch: int, masters: int, budget: int | None
+    session: Session, trainable: Mapping[str, Array], optimizer: Optimizer, batch: int, budget: int | None
 ) -> MemoryPlan:
     """Choose the largest micro-batch that fits the budget.
 
@@ -50,7 +49,6 @@ def plan_memory(
         trainable: by tensor name, in the shapes that train.
         optimizer: whose state counts.
         batch: examples per update.
-        masters: bytes of float32 copies of int8 weights.
         budget: bytes, or None for no bound.
 
     Raises:
@@ -58,7 +56,7 @@ def plan_memory(
     """
 
     def with_micro_batch(micro: int) -> MemoryPlan:
-        return _lay_out(session, trainable, optimizer, micro, batch, masters)
+        return _lay_out(session, trainable, optimizer, micro, batch)
 
     whole = with_micro_batch(batch)
     if budget is None or whole.nbytes <= budget:
@@ -91,9 +89,7 @@ def input_types(model: Model, batch: int) -> dict[str, TensorType]:
     }
 
 
-def _lay_out(
-    session: Session, trainable: Mapping[str, Array], optimizer: Optimizer, micro: int, batch: int, masters: int
-) -> MemoryPlan:
+def _lay_out(session: Session, trainable: Mapping[str, Array], optimizer: Optimizer, micro: int, batch: int) -> MemoryPlan:
     gradients = {gradient_name(name): array for name, array in trainable.items()}
     types = input_types(session.model, micro)
     layout = session.layout(types, gradients)
@@ -107,7 +103,6 @@ def _lay_out(
         optimizer=sum(array.nbytes for array in optimizer.init(0).values()) + size * FLOAT * len(optimizer.init(0)),
         activations=layout.nbytes,
         packed_weights=sum(_core.packed_nbytes(p.pack, weight_view(tensors[p.name])) for p in layout.packs),
-        masters=masters,
         staging=sum(kind.nbytes for kind in types.values()),
     )
 

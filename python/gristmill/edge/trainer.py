@@ -9,7 +9,7 @@ import numpy as np
 from gristmill import _core
 from gristmill.autodiff import gradient_name, gradients
 from gristmill.edge.plan import MemoryPlan, flat_size, input_types, padded, plan_memory
-from gristmill.edge.update import Selection, select
+from gristmill.edge.update import Selection, select, write_start
 from gristmill.errors import DivergedError, ModelError
 from gristmill.losses import LOSS, attach
 from gristmill.losses import find as find_loss
@@ -160,10 +160,8 @@ class _Run:
         shapes = {name: self.selection.model.tensors[name].trainable for name in self.selection.names}
         graph = gradients(attach(self.selection.model, trainer.loss), LOSS, self.selection.names)
         sketch = Session(graph, trainer.threads, trainable=shapes, in_place=True)
-        masters = sum(self.selection.model.tensors[name].nbytes for name in self.selection.requantise)
-        self.plan = plan_memory(sketch, shapes, trainer.optimizer, batch, masters, trainer.budget)
+        self.plan = plan_memory(sketch, shapes, trainer.optimizer, batch, trainer.budget)
         self.memory = Memory(trainer.budget)
-        self.memory.charge(masters)
         size = flat_size(shapes)
         self.params = self._vector(size)
         self.grads = self._vector(size)
@@ -172,7 +170,7 @@ class _Run:
         self.memory.charge(sum(array.nbytes for array in self.state.values()))
         self.slices = _split(self.params, shapes)
         for name, values in self.slices.items():
-            values[...] = shapes[name]
+            write_start(trainer.model.tensors[name], values)
         self.outputs = {gradient_name(name): part for name, part in _split(self.grads, shapes).items()}
         self.session = Session(graph, trainer.threads, trainable=self.slices, in_place=True, memory=self.memory)
         self.staging = {

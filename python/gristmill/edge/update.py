@@ -78,7 +78,18 @@ def is_float(array: Array) -> bool:
 
 
 def master(tensor: Tensor) -> Tensor:
-    """Return the float32 copy through which int8 codes train."""
+    """Return the shape of the float32 copy through which int8 codes train: its values, never read, take no memory yet."""
     if isinstance(tensor, Sparse):
-        return Sparse(tensor.matrix_shape, tensor.float_values(), tensor.row_offsets, tensor.index)
-    return Dense(tensor.dense())
+        return Sparse(tensor.matrix_shape, np.empty(tensor.values.shape, np.float32), tensor.row_offsets, tensor.index)
+    return Dense(np.empty(tensor.shape, np.float32))
+
+
+def write_start(tensor: Tensor, out: Array) -> None:
+    """Write the values that training starts from: of int8 codes that get a master, codes times scales."""
+    if out.shape == tensor.trainable.shape:
+        out[...] = tensor.trainable
+    elif isinstance(tensor, Sparse):
+        np.multiply(tensor.values, tensor.scale[tensor.rows_of_values], out=out)  # type: ignore[index]
+    else:
+        assert isinstance(tensor, Quantized)
+        np.multiply(tensor.codes, tensor.scale[:, None], out=out)
