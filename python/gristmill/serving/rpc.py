@@ -1,6 +1,7 @@
 """The gRPC service: six unary calls over the same core, behind one authorisation layer."""
 
 import logging
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -129,7 +130,7 @@ class RpcServer:
         self._server = grpc.aio.server(options=options, maximum_concurrent_rpcs=most)
         self._server.add_generic_rpc_handlers((Service(core, key),))
         self._target = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-        self._tls, self._port = tls, port
+        self._tls, self._address, self._port = tls, address, port
 
     async def start(self) -> int:
         """Bind, listen and return the port.
@@ -137,6 +138,7 @@ class RpcServer:
         Raises:
             ServingError: the port is in use or may not be bound.
         """
+        self._probe()
         try:
             if self._tls is None:
                 port = self._server.add_insecure_port(self._target)
@@ -149,6 +151,15 @@ class RpcServer:
             ) from error
         await self._server.start()
         return int(port)
+
+    def _probe(self) -> None:
+        """Try the port with a plain socket: it says why it fails, where gRPC writes a log of its own to stderr."""
+        try:
+            family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
+            socket.create_server((self._address, self._port), family=family).close()
+        except OSError as error:
+            reason = error.strerror or error
+            raise ServingError(f"gRPC port {self._port} cannot be bound on {self._target}: {reason}") from error
 
     async def stop(self, grace: float) -> None:
         """Refuse new calls, let those in flight finish within `grace` seconds, then cancel the rest."""
