@@ -14,11 +14,11 @@ import numpy as np
 @cache
 def library() -> ctypes.CDLL:
     """Build limits.c into a temporary shared object and load it."""
-    folder = tempfile.mkdtemp(prefix="gristmill-limits-")
-    target = Path(folder) / "limits.so"
     source = Path(__file__).with_name("limits.c")
-    subprocess.run(["cc", "-O3", "-shared", "-fPIC", "-o", str(target), str(source)], check=True)
-    lib = ctypes.CDLL(str(target))
+    with tempfile.TemporaryDirectory(prefix="gristmill-limits-") as folder:
+        target = Path(folder) / "limits.so"
+        subprocess.run(["cc", "-O3", "-shared", "-fPIC", "-o", str(target), str(source)], check=True)
+        lib = ctypes.CDLL(str(target))  # stays mapped when the file is gone
     lib.fma_avx512.restype = lib.fma_avx2.restype = ctypes.c_float
     return lib
 

@@ -1,10 +1,11 @@
 """Inference of the digit classifier, a perceptron 64-512-256-10, from a NumPy array to a NumPy array."""
 
+import itertools
+
 import numpy as np
 from gemm import quiet, torch_inference
 from onnx_models import bound_run, perceptron, quantized
 from protocol import serve
-import itertools
 
 SIZES = (64, 512, 256, 10)
 

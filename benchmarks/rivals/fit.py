@@ -3,6 +3,7 @@
 Data are random numbers of the right shapes, in memory. The shuffling is not timed, nor the start of any process.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,7 +12,6 @@ from statistics import median
 
 import numpy as np
 from protocol import serve
-import itertools
 
 MODELS = {1: ((64, 512, 256, 10), 1408, 8), 10: ((784, 2048, 2048, 2048, 10), 2560, 2)}  # layers, examples, epochs of a call
 RATE = 1e-3

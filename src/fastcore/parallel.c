@@ -2,21 +2,23 @@
  *
  * One team per process, held by a lease: a run that finds it taken works alone. After a run that lost its core to somebody
  * else (ru_nivcsw), the next runs use one thread for a while: a lone thread is slowed by its share of the core, a team by the
- * slowest share at every barrier.
+ * slowest share at every barrier. A forked child has no team: libgomp's threads stay behind in the parent, and a region would
+ * wait for them for ever.
  */
 #define _GNU_SOURCE
 #include "parallel.h"
 
 #ifdef _OPENMP
 #include <omp.h>
+#include <pthread.h>
 #endif
 #include <sched.h>
 #include <sys/resource.h>
 #include <time.h>
+#include <unistd.h>
 #ifdef __linux__
 #include <linux/futex.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 enum {
@@ -68,6 +70,8 @@ void fc_barrier_wait(fc_barrier *barrier, int size) {
 
 #ifdef _OPENMP
 static atomic_flag team_taken = ATOMIC_FLAG_INIT;
+static atomic_int is_forked_child;
+static pthread_once_t watching_forks = PTHREAD_ONCE_INIT;
 /* Guarded by the lease. */
 static int64_t alone_until_ns, penalty_ns;
 
@@ -93,8 +97,19 @@ static void judge_contention(int64_t started_ns, int64_t ended_ns, long lost) {
     }
 }
 
+static void note_fork(void) { atomic_store(&is_forked_child, 1); }
+
+static void watch_forks(void) { pthread_atfork(NULL, NULL, note_fork); }
+
+/* libgomp ends the process when it cannot start a thread. */
+static int affordable(int threads) {
+    const long cores = sysconf(_SC_NPROCESSORS_ONLN), most = cores > 64 ? 4 * cores : 256;
+    return threads < most ? threads : (int)most;
+}
+
 void fc_team_run(fc_team_fn *body, void *context, int threads) {
-    if (threads <= 1 || atomic_flag_test_and_set_explicit(&team_taken, memory_order_acquire)) {
+    pthread_once(&watching_forks, watch_forks);
+    if (threads <= 1 || atomic_load(&is_forked_child) || atomic_flag_test_and_set_explicit(&team_taken, memory_order_acquire)) {
         body(context, 0, 1);
         return;
     }
@@ -103,7 +118,7 @@ void fc_team_run(fc_team_fn *body, void *context, int threads) {
         body(context, 0, 1);
     } else {
         const long before = preemptions();
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(affordable(threads))
         body(context, omp_get_thread_num(), omp_get_num_threads());
         judge_contention(started_ns, now_ns(), preemptions() - before);
     }

@@ -1,5 +1,8 @@
 """Sessions: shapes, errors, in-place outputs, kernels bound, threads, memory."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -162,6 +165,7 @@ def test_int8_precision_binds_int8_kernels_and_stays_close(model):
     session = Session(model, precision="int8")
     kernels = {row["kernel"] for row in session.explain() if row["weight"]}
     assert kernels == {"linear_int8"}
+    assert session.explain()[1]["weight"] == "quantized 48x64"
     want, got = model.run(x=batch(50))["logits"], session.run(x=batch(50))["logits"]
     assert np.linalg.norm(got - want) < 0.03 * np.linalg.norm(want)
     with pytest.raises(ModelError, match="precision"):
@@ -333,3 +337,23 @@ def test_a_compressed_tensor_that_trains_is_no_operand(model):
     session = Session(wide, trainable={"layer0.weight": np.array(weight.trainable)})
     with pytest.raises(ModelError, match="nothing but a Linear"):
         session.run(x=batch(2))
+
+
+FORK = """
+import os, sys
+import numpy as np
+import gristmill as gm
+
+session = gm.Session(gm.zoo.mlp([256, 1024, 1024, 10]), threads=2)
+x = np.ones((64, 256), np.float32)
+want = session.run(x=x)["logits"]
+child = os.fork()
+if child == 0:
+    os._exit(0 if np.array_equal(session.run(x=x)["logits"], want) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_runs_alone_and_gives_the_same_bits():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=60)

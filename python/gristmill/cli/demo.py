@@ -3,6 +3,7 @@
 import json as json_format
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -24,6 +25,8 @@ SPARSITY = 0.8
 BUDGET = "4MiB"
 DIM = 0.6  # what the edge camera leaves of the light
 CALLS = 50  # requests per protocol; the median is quoted
+
+NEEDED = {"sklearn": "scikit-learn", "httpx": "httpx", "starlette": "starlette", "uvicorn": "uvicorn", "grpc": "grpcio"}
 
 Split = tuple[Array, Array]
 
@@ -60,6 +63,9 @@ def demo(json: Path | None = None, seed: int = 0, epochs: int = 20, console: Con
     console = console or Console()
     if json is not None:
         check_folder(json)
+    for module, package in NEEDED.items():  # before the first stage rather than in the last
+        if find_spec(module) is None:
+            raise MissingExtraError(package, "demo")
     begin = time.perf_counter()
     data = digits(seed)
     figures: dict[str, Any] = {"seed": seed, "examples": {name: len(part[1]) for name, part in data.items()}}

@@ -71,7 +71,8 @@ class Session:
         self.trainable = dict(trainable or {})
         for name, array in self.trainable.items():
             _check_trainable(model, name, array)
-        compiled = _reblocked(fuse(_quantized(model, self.trainable) if precision == "int8" else model))
+        self._stored = _quantized(model, self.trainable) if precision == "int8" else model
+        compiled = _reblocked(fuse(self._stored))
         self.memory = memory or Memory()
         self.in_place = in_place
         self.weights = Weights(compiled, self.trainable, self.memory)
@@ -150,7 +151,7 @@ class Session:
         for name, kind in self.model.inputs.items():
             shape = shapes.get(name, tuple(1 if isinstance(dim, str) else dim for dim in kind.shape))
             given[name] = TensorType(kind.dtype, tuple(shape))
-        return [_explain(step, self.model) for step in self.layout(given).steps]
+        return [_explain(step, self._stored) for step in self.layout(given).steps]
 
     def _find(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Run:
         """Return a run for arrays of these shapes. Shapes that were met before were checked before."""
