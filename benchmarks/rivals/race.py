@@ -1,7 +1,7 @@
 """The runner's side: engines take turns, A B C A B C, and only the one whose turn it is runs.
 
-All others are stopped by SIGSTOP meanwhile, so that no idle pool spins on the cores that are measured. A ratio is taken within a round and the
-median of the rounds is quoted: what drifts over minutes (clock, neighbours) meets all engines alike.
+All others are stopped by SIGSTOP meanwhile, so that no idle pool spins on the cores that are measured. A ratio is taken within
+a round and the median of the rounds is quoted: what drifts over minutes (clock, neighbours) meets all engines alike.
 """
 
 import argparse
