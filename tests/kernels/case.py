@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from gristmill import _core
+
 Arrays = dict[str, Any]  # arrays by name; scalars and options may travel along
 Size = tuple[int, ...]
 
@@ -37,5 +39,6 @@ class Case:
     oracle: Callable[[Arrays], Arrays]  # NumPy, in float64 where the result is a float
     bound: Callable[[Arrays, Arrays], Arrays]  # (inputs, oracle's outputs) -> largest allowed |difference| by output
     compare: str = "exact"
+    bind: Callable[[Arrays, Arrays], _core.Program] | None = None  # (inputs, outputs): `run` without packing, for benchmarks
     bench: tuple[Size, ...] = ()
     work: Callable[[Size], Work] | None = None

@@ -212,12 +212,12 @@ def f32_weight(inputs):
     return _core.Weight(inputs["values"], inputs["shape"], None, inputs["row_offsets"], inputs["index"])
 
 
-def f32_run(inputs, outputs, threads):
+def f32_bind(inputs, outputs):
     program = _core.Program()
     weight = f32_weight(inputs)
     packed = weight if inputs["m"] % 2 else _core.pack_sparse(weight)
     _core.sparse_linear(program, inputs["x"], packed, outputs["out"], inputs["bias"], inputs["activation"], inputs["residual"])
-    program.run(threads)
+    return program
 
 
 def f32_answer(inputs):
@@ -252,7 +252,8 @@ F32 = Case(
     ),
     inputs=f32_inputs,
     outputs=product_outputs,
-    run=f32_run,
+    run=lambda inputs, outputs, threads: f32_bind(inputs, outputs).run(threads),
+    bind=f32_bind,
     oracle=lambda inputs: {"out": f32_answer(inputs)[0]},
     bound=lambda inputs, wanted: {"out": f32_answer(inputs)[1]},
     bench=(
@@ -295,7 +296,7 @@ def int8_inputs(rng, size):
     return {**drawn, "values": values, "codes": codes, "scales": scales, "weight_scale": weight_scale}
 
 
-def int8_run(inputs, outputs, threads):
+def int8_bind(inputs, outputs):
     program = _core.Program()
     scale = inputs["weight_scale"]
     weight = _core.Weight(inputs["values"], inputs["shape"], scale, inputs["row_offsets"], inputs["index"])
@@ -311,7 +312,7 @@ def int8_run(inputs, outputs, threads):
         inputs["activation"],
         inputs["residual"],
     )
-    program.run(threads)
+    return program
 
 
 def int8_answer(inputs):
@@ -340,7 +341,8 @@ INT8 = Case(
     ),
     inputs=int8_inputs,
     outputs=product_outputs,
-    run=int8_run,
+    run=lambda inputs, outputs, threads: int8_bind(inputs, outputs).run(threads),
+    bind=int8_bind,
     oracle=lambda inputs: {"out": int8_answer(inputs)[0]},
     bound=lambda inputs, wanted: {"out": int8_answer(inputs)[1]},
     bench=(
