@@ -162,26 +162,24 @@ def grad_weight_bound(inputs: Arrays, wanted: Arrays) -> Arrays:
 
 # ---- runs ----
 
-_last: list = [None, None]
 
-
-def program_for(inputs: Arrays, outputs: Arrays, threads: int, build) -> tuple[_core.Program, Guarded]:
-    """Build the program, or return the last one where the arrays are the same ones: benchmarks time the run alone."""
-    arrays = [value for value in (*inputs.values(), *outputs.values()) if isinstance(value, np.ndarray)]
-    key = (build, threads, _core.isa_generation(), *map(id, arrays))
-    if _last[0] != key:
-        program = _core.Program()
-        m, n, k = len(inputs["x"]), inputs["dy"].shape[1], inputs["x"].shape[1]
-        scratch = Guarded((_core.linear_scratch(m, n, k, threads),), np.uint8)
-        build(program, inputs, outputs, scratch.array)
-        _last[:] = key, (program, scratch, arrays)
-    return _last[1][:2]
+def program_of(build, inputs: Arrays, outputs: Arrays, threads: int) -> tuple[_core.Program, Guarded]:
+    """The bound program, and its scratch between guard bytes."""
+    program = _core.Program()
+    m, n, k = len(inputs["x"]), inputs["dy"].shape[1], inputs["x"].shape[1]
+    scratch = Guarded((_core.linear_scratch(m, n, k, threads),), np.uint8)
+    build(program, inputs, outputs, scratch.array)
+    return program, scratch
 
 
 def run(build, inputs: Arrays, outputs: Arrays, threads: int) -> None:
-    program, scratch = program_for(inputs, outputs, threads, build)
+    program, scratch = program_of(build, inputs, outputs, threads)
     program.run(threads)
     assert scratch.intact(), "wrote outside the scratch"
+
+
+def bind(build, inputs: Arrays, outputs: Arrays) -> _core.Program:
+    return program_of(build, inputs, outputs, threads=1)[0]
 
 
 def build_linear(weight, program, inputs, outputs, scratch) -> None:
@@ -248,6 +246,7 @@ def rows(name: str, slots: tuple[str, ...], output: str, shape, build, oracle, b
             inputs=partial(draw, form=form),
             outputs=lambda inputs: {output: (shape(inputs), np.float32)},
             run=partial(run, build),
+            bind=partial(bind, build),
             oracle=oracle,
             bound=bound,
             compare="bounded",
