@@ -15,7 +15,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $$(find src benchmarks -name '*.[ch]' ! -name core.c)
-	$(BIN)/cython-lint src/fastcore/core.pyx src/fastcore/*/*.pxi
+	PATH="$(abspath $(BIN)):$$PATH" cython-lint src/fastcore/core.pyx src/fastcore/*/*.pxi
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks/bench_kernels.py -q -s --benchmark-columns=min,median,rounds
