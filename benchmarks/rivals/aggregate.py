@@ -41,6 +41,7 @@ def numpy_blocks(threads, count, length):
 def numpy_dot(threads, count, length):
     stack, out = np.stack(gradients(count, length)), np.empty(length, np.float32)
     weights = np.full(count, 1 / count, np.float32)
+
     def call():
         np.dot(weights, stack, out=out)
 
@@ -72,6 +73,7 @@ def torch_mean(threads, count, length):
     torch.set_num_threads(threads)
     stack = torch.from_numpy(np.stack(gradients(count, length)))
     out = torch.from_numpy(np.ones(length, np.float32))
+
     def call():
         torch.mean(stack, 0, out=out)
 
@@ -82,6 +84,7 @@ def gristmill(threads, count, length):
     from gristmill import _core
 
     inputs, out, weights = gradients(count, length), np.empty(length, np.float32), [1 / count] * count
+
     def call():
         _core.weighted_sum(inputs, weights, out, threads)
 

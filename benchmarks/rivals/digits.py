@@ -1,5 +1,7 @@
 """Inference of the digit classifier, a perceptron 64-512-256-10, from a NumPy array to a NumPy array."""
 
+from itertools import pairwise
+
 import numpy as np
 from gemm import quiet, torch_inference
 from onnx_models import bound_run, perceptron, quantized
@@ -14,7 +16,7 @@ def batch_of(size: int) -> np.ndarray:
 
 def parameters() -> tuple[list[np.ndarray], list[np.ndarray]]:
     rng = np.random.default_rng(0)
-    pairs = list(zip(SIZES, SIZES[1:], strict=False))
+    pairs = list(pairwise(SIZES))
     return [rng.standard_normal((n, k), np.float32) / k**0.5 for k, n in pairs], [np.zeros(n, np.float32) for _, n in pairs]
 
 
