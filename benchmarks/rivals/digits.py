@@ -1,6 +1,6 @@
 """Inference of the digit classifier, a perceptron 64-512-256-10, from a NumPy array to a NumPy array."""
 
-import itertools
+from itertools import pairwise
 
 import numpy as np
 from gemm import quiet, torch_inference
@@ -16,7 +16,7 @@ def batch_of(size: int) -> np.ndarray:
 
 def parameters() -> tuple[list[np.ndarray], list[np.ndarray]]:
     rng = np.random.default_rng(0)
-    pairs = list(itertools.pairwise(SIZES))
+    pairs = list(pairwise(SIZES))
     return [rng.standard_normal((n, k), np.float32) / k**0.5 for k, n in pairs], [np.zeros(n, np.float32) for _, n in pairs]
 
 

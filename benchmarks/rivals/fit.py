@@ -3,11 +3,11 @@
 Data are random numbers of the right shapes, in memory. The shuffling is not timed, nor the start of any process.
 """
 
-import itertools
 import os
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from statistics import median
 
 import numpy as np
@@ -48,7 +48,7 @@ def torch_step(torch, which, compiled=False):
     """Return the module, and what runs one optimiser step on a batch."""
     sizes = MODELS[which][0]
     torch.manual_seed(0)
-    layers = [part for k, n in itertools.pairwise(sizes) for part in (torch.nn.Linear(k, n), torch.nn.ReLU())]
+    layers = [part for k, n in pairwise(sizes) for part in (torch.nn.Linear(k, n), torch.nn.ReLU())]
     model = torch.nn.Sequential(*layers[:-1])
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE, fused=True)
 

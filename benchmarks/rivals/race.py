@@ -1,7 +1,7 @@
 """The runner's side: engines take turns, A B C A B C, and only the one whose turn it is runs.
 
-All others are stopped by SIGSTOP meanwhile, so that no idle pool spins on the cores that are measured. A ratio is taken within
-a round and the median of the rounds is quoted: what drifts over minutes (clock, neighbours) meets all engines alike.
+All others are stopped by SIGSTOP meanwhile, so that no idle pool spins on the cores that are measured. A ratio is taken within a
+round and the median of the rounds is quoted: what drifts over minutes (clock, neighbours) meets all engines alike.
 """
 
 import argparse
@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parent / "results"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 UNSET = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # a rival runs as its makers meant it
-PAUSE = 0.05  # seconds between turns: at real-time priority Linux takes the cores away for a while after 0.95 s without one
+PAUSE = 0.05  # seconds between turns, in which other processes catch up
 PACKAGES = ("numpy", "scipy", "torch", "onnxruntime")
 
 
