@@ -119,6 +119,28 @@ def test_a_prepared_run_takes_new_values_and_writes_its_outputs(model):
         session.prepare({"x": TensorType(np.dtype(np.float32), (3, 63))})
 
 
+def test_preparing_waits_for_a_run_to_end(model):
+    """It may replace the arena that the run is using."""
+    session = Session(model)
+    types = {"x": TensorType(np.dtype(np.float32), (300, 64))}
+    with session._lock:
+        preparing = threading.Thread(target=session.prepare, args=(types,))
+        preparing.start()
+        preparing.join(0.3)
+        assert preparing.is_alive()
+    preparing.join()
+
+
+def test_what_only_looks_like_an_array_is_refused_whatever_was_run_before(model):
+    class Lookalike:
+        shape, dtype = (3, 64), np.dtype(np.float32)
+
+    session = Session(model)
+    session.run(x=batch(3))
+    with pytest.raises(ModelError, match="Lookalike"):
+        session.run(x=Lookalike())
+
+
 def test_trainable_tensors_are_read_at_every_run(model):
     weights = {"layer0.weight": np.array(model.tensors["layer0.weight"].array)}
     session = Session(model, trainable=weights)

@@ -119,8 +119,9 @@ class Session:
         Raises:
             ModelError: an input or an output does not fit.
         """
-        blank = {name: np.empty(kind.extents, kind.dtype) for name, kind in inputs.items()}
-        run = self._find(blank, outputs or {})
+        blank = {name: np.broadcast_to(np.zeros((), kind.dtype), kind.extents) for name, kind in inputs.items()}
+        with self._lock:
+            run = self._find(blank, outputs or {})
 
         def locked(values: Mapping[str, Array]) -> dict[str, Array]:
             with self._lock:
@@ -141,8 +142,8 @@ class Session:
             shapes: the concrete shape of each input; left out, symbolic dimensions are taken as 1.
 
         Returns:
-            One row for each step: node, op, kernel ("numpy" where there is none), variant (the instruction set), weight (its kind
-            and shape) and bytes (of the weight as stored).
+            One row for each step: node, op, kernel ("numpy" where there is none), weight (its kind and shape) and bytes (of the
+            weight as stored). `gm.kernels()` says which instruction set serves each kernel.
         """
         for name, given_shape in shapes.items():
             if name not in self.model.inputs or not isinstance(given_shape, (tuple, list)):
@@ -158,9 +159,9 @@ class Session:
         key = self._key(inputs, outputs)
         run = None if key is None else self._runs.get(key)
         if run is None:
-            given = self._check(inputs)
+            given = self._check(inputs)  # raises where there is no key
             run = self._bind(given, dict(self._check_bound(given, outputs)))
-            self._runs[self._key(inputs, outputs)] = run
+            self._runs[key] = run
             if len(self._runs) > PLANS:
                 self._runs.popitem(last=False)
         else:
@@ -170,10 +171,10 @@ class Session:
     def _key(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Any:
         """What a plan depends on, or None for inputs that cannot be right. A plan keeps its bound arrays, so that no other array
         can come to lie at their addresses."""
-        try:
-            shapes = tuple([(inputs[name].shape, inputs[name].dtype) for name in self.model.inputs])
-        except (KeyError, AttributeError):
+        arrays = [inputs.get(name) for name in self.model.inputs]
+        if not all(isinstance(array, np.ndarray) for array in arrays):
             return None
+        shapes = tuple([(array.shape, array.dtype) for array in arrays])  # type: ignore[union-attr]
         places = tuple([(name, *_place(array)) for name, array in outputs.items()])
         return _core.isa_generation(), len(inputs), shapes, places
 
