@@ -150,3 +150,6 @@ class ActivationGrad(Op):
         dy, x = binder.rows(node.inputs[0]), binder.rows(node.inputs[1])
         binder.step(_core.activate_grad, node.attributes["activation"], dy, x, binder.output(node.outputs[0]))
         return True
+
+
+OPERATORS = (Relu, Gelu, Tanh, Sigmoid, Swish, ActivationGrad)

@@ -244,3 +244,6 @@ class SumRows(Op):
         x = binder.rows(node.inputs[0])
         binder.step(_core.column_sum, x.reshape(*as_rows(x.shape)), binder.output(node.outputs[0]))
         return True
+
+
+OPERATORS = (Linear, LinearGradInput, LinearGradWeight, SumRows)

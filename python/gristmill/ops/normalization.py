@@ -160,3 +160,6 @@ class SoftmaxGrad(Op):
         shape = as_rows(y.shape)
         binder.step(_core.softmax_grad, dy.reshape(*shape), y.reshape(*shape), dx.reshape(*shape))
         return True
+
+
+OPERATORS = (LayerNormalization, LayerNormalizationGrad, Softmax, SoftmaxGrad)

@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,16 +14,15 @@ from gristmill.model import Model, check_model
 from gristmill.ops import TensorType
 from gristmill.runtime.arena import Memory
 from gristmill.runtime.fuse import fuse
-from gristmill.runtime.plan import Layout, Plan, Weights, concrete_types
+from gristmill.runtime.plan import Layout, Options, Plan, Weights
+from gristmill.runtime.shapes import Shapes, determine
+from gristmill.runtime.staged import Run, Stage
 from gristmill.runtime.threads import check_threads
 from gristmill.tensor import Quantized, Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
 
 PLANS = 16  # kept per session; the least recently used goes first
-PRECISIONS = (None, "float32", "int8")
-
-
-Run = Callable[[Mapping[str, Array]], dict[str, Array]]  # inputs to outputs, for shapes that are known
+PRECISIONS = (None, "float32", "bf16", "int8")
 
 
 class Session:
@@ -35,7 +34,8 @@ class Session:
         model: what to run.
         threads: at most this many threads. Default: OMP_NUM_THREADS, else physical cores within affinity and cgroup quota. The
             result does not depend on it.
-        precision: "float32" (default) runs tensors as they are; "int8" quantises the dense weights of Linear nodes first.
+        precision: None (default) runs tensors as they are; "float32" too, and never rounds activations to less; "int8" quantises
+            the dense weights of Linear nodes first; "bf16" rounds what they multiply to bfloat16 where the CPU is fast at it.
         trainable: arrays by tensor name, each with the shape of the tensor's `trainable` part, which the program reads in place
             of the model's own values at every run.
         in_place: keep no packed copy of float32 weights; kernels read them tile by tile. Slower, for tight memory.
@@ -64,18 +64,23 @@ class Session:
         reference: bool = False,
     ) -> None:
         if precision not in PRECISIONS:
-            raise ModelError(f"unknown precision {precision!r}; choose float32 or int8")
+            raise ModelError(f"unknown precision {precision!r}; choose float32, bf16 or int8")
         self.model = check_model(model)
         self.threads = check_threads(threads)
-        self.reference = reference
         self.trainable = dict(trainable or {})
         for name, array in self.trainable.items():
             _check_trainable(model, name, array)
         self._stored = _quantized(model, self.trainable) if precision == "int8" else model
         compiled = _reblocked(fuse(self._stored))
         self.memory = memory or Memory()
-        self.in_place = in_place
         self.weights = Weights(compiled, self.trainable, self.memory)
+        self._graph = compiled  # or, in a later stage of a graph, a part of it over the same weights
+        low = (
+            precision == "bf16"
+            or (precision is None and any(is_int8(t) for t in compiled.tensors.values()))
+            or precision == "int8"
+        )
+        self.options = Options(precision, low, reference, in_place)
         self._runs: OrderedDict[Any, Run] = OrderedDict()
         self._arena = self.memory.allocate(0)
         self._lock = threading.Lock()
@@ -131,9 +136,14 @@ class Session:
 
     def layout(self, inputs: Mapping[str, TensorType], outputs: Mapping[str, Array] | None = None) -> Layout:
         """Plan for inputs of these concrete types without allocating; `nbytes` of the result is what a run needs."""
-        model = self.weights.model
-        types = concrete_types(model, inputs)
-        return Layout(model, types, self.threads, self.trainable, outputs or {}, self.reference, self.in_place)
+        shapes = determine(self._graph, inputs, self.trainable)
+        if shapes.pending:
+            node = shapes.pending[0]
+            raise ModelError(f"{node.op} '{node.name}': its type depends on values, so that the graph cannot be planned whole")
+        return self._layout(shapes, outputs or {})
+
+    def _layout(self, shapes: Shapes, outputs: Mapping[str, Array]) -> Layout:
+        return Layout(self._graph, shapes, self.threads, self.trainable, outputs, self.options)
 
     def explain(self, **shapes: tuple[int, ...]) -> list[dict[str, Any]]:
         """Say which kernel each node is bound to.
@@ -160,7 +170,7 @@ class Session:
         run = None if key is None else self._runs.get(key)
         if run is None:
             given = self._check(inputs)  # raises where there is no key
-            run = self._bind(given, dict(self._check_bound(given, outputs)))
+            run = self._plan(given, outputs)
             self._runs[key] = run
             if len(self._runs) > PLANS:
                 self._runs.popitem(last=False)
@@ -178,8 +188,20 @@ class Session:
         places = tuple([(name, *_place(array)) for name, array in outputs.items()])
         return _core.isa_generation(), len(inputs), shapes, places
 
-    def _bind(self, given: Mapping[str, TensorType], bound: dict[str, Array]) -> Run:
-        layout = self.layout(given, bound)
+    def _plan(self, given: Mapping[str, TensorType], outputs: Mapping[str, Array]) -> Run:
+        shapes = determine(self._graph, given, self.trainable)
+        _check_bound(self._graph, shapes, outputs)
+        if shapes.pending:
+            return Stage(self._graph, shapes, self._over)
+        return self._bind(self._layout(shapes, outputs), dict(outputs))
+
+    def _over(self, graph: Model) -> Run:
+        """Return a run of a part of the graph, all of whose inputs have concrete types."""
+        part = self.clone()
+        part._graph = part.model = graph
+        return part._plan(graph.inputs, {})
+
+    def _bind(self, layout: Layout, bound: dict[str, Array]) -> Run:
         if layout.nbytes > self._arena.nbytes:
             self._runs.clear()  # they hold the smaller arena, which goes before the larger one comes
             self.memory.release(self._arena.nbytes)
@@ -216,14 +238,14 @@ class Session:
             given[name] = TensorType(kind.dtype, array.shape)
         return given
 
-    def _check_bound(self, given: Mapping[str, TensorType], bound: Mapping[str, Array]) -> Mapping[str, Array]:
-        types = concrete_types(self.weights.model, given)
-        for name, array in bound.items():
-            fits = name in self.model.outputs and name not in self.model.tensors
-            fits = fits and array.shape == types[name].shape and array.dtype == types[name].dtype
-            if not fits or not array.flags.c_contiguous or not array.flags.writeable:
-                raise ModelError(f"output '{name}' cannot be written to a {array.dtype} array of shape {array.shape}")
-        return bound
+
+def _check_bound(graph: Model, shapes: Shapes, bound: Mapping[str, Array]) -> None:
+    for name, array in bound.items():
+        kind = shapes.types.get(name)
+        fits = name in graph.outputs and name not in graph.tensors and kind is not None and kind.known and not shapes.pending
+        fits = fits and array.shape == kind.shape and array.dtype == kind.dtype  # type: ignore[union-attr]
+        if not fits or not array.flags.c_contiguous or not array.flags.writeable:
+            raise ModelError(f"output '{name}' cannot be written to a {array.dtype} array of shape {array.shape}")
 
 
 def _place(array: Array) -> tuple[Any, ...]:
