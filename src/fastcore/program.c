@@ -104,7 +104,7 @@ fc_status fc_program_map(const fc_map *map) {
     for (int rank = 0; rank < map->ranks; rank++)
         if (map->programs[rank]->generation != fc_generation()) return FC_STALE;
     mapping m = {.map = map};
-    fc_team_run(walk_items, &m, map->items < map->ranks ? (int)map->items : map->ranks);
+    fc_pool_run(walk_items, &m, map->items < map->ranks ? (int)map->items : map->ranks);
     return FC_OK;
 }
 
