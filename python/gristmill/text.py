@@ -17,7 +17,7 @@ from gristmill.runtime.session import Session
 from gristmill.tensor.parts import Array
 
 ROWS = 128  # of a chunk of packed sentences: enough for the matrix products, few enough for a core's cache
-ROUND = 16  # chunks have multiples of this many rows, so that few shapes are planned
+ROUND = 16  # plans have multiples of this many rows
 SEGMENTS = (1, 4, 16, 64, 256)  # and one of these numbers of segments, the last of which may be empty
 LENGTH = 1 << 20  # what a tokenizer may be asked to truncate to
 
@@ -117,12 +117,14 @@ class Embedder:
             raise ModelError(f"the tokenizer gives id {largest}, the model has an embedding for ids below {self._ids}")
 
     def _run_packed(self, tokens: list[tuple[Array, Array]], batch: list[int], vectors: Array) -> None:
-        alike: dict[tuple[int, int], list[list[int]]] = {}
-        for chunk in chunks([len(tokens[i][0]) for i in batch], self.session.threads):
-            rows = sum(len(tokens[batch[i]][0]) for i in chunk)
-            shape = -(-rows // ROUND) * ROUND, next(n for n in (*SEGMENTS, len(chunk)) if n >= len(chunk))
-            alike.setdefault(shape, []).append([batch[i] for i in chunk])
-        for (rows, segments), members in alike.items():
+        alike: dict[int, list[list[int]]] = {}
+        lengths = [len(tokens[i][0]) for i in batch]
+        shared = chunks(lengths, self.session.threads)
+        segments = next((n for n in SEGMENTS if n >= max(map(len, shared))), len(batch))
+        for chunk in shared:
+            rows = rounded(sum(lengths[i] for i in chunk))
+            alike.setdefault(rows, []).append([batch[i] for i in chunk])
+        for rows, members in alike.items():
             items = [self._packed_inputs(tokens, chunk, rows, segments) for chunk in members]
             if len(items) == 1:
                 made = [next(iter(self.session.run(**items[0]).values()))]
@@ -201,6 +203,11 @@ def chunks(lengths: Sequence[int], threads: int) -> list[list[int]]:
         made[place].append(index)
         free[place] -= length
     return made
+
+
+def rounded(rows: int) -> int:
+    """Return the height of a chunk's plan: few different ones, so that chunks share plans and run side by side."""
+    return ROWS if 3 * ROWS // 4 < rows <= ROWS else -(-rows // ROUND) * ROUND
 
 
 _embedders: "weakref.WeakKeyDictionary[Model, dict[Any, Embedder]]" = weakref.WeakKeyDictionary()

@@ -22,6 +22,12 @@ ATTRIBUTES = {
     "epsilon": (1e-5,),
     "reduction": ("mean",),
     "approximate": ("tanh", "none"),
+    "mode": ("mean", "max", "none such"),
+    "p": (1, 2),
+    "start": (0, 2),
+    "padding": (0,),
+    "heads": (1, 2),
+    "scale": (0.5,),
 }
 
 
