@@ -10,7 +10,7 @@ import numpy as np
 
 from gristmill.errors import FormatError, MissingExtraError, ModelError
 from gristmill.model import Model, check_model
-from gristmill.ops import OWN, Node
+from gristmill.ops import Node
 from gristmill.ops.embedding import positions
 from gristmill.runtime.packing import IDS, MASK, OFFSETS, PLACES, TYPES, counting, packed, sentence_model
 from gristmill.runtime.session import Session
@@ -134,9 +134,7 @@ class Embedder:
             for chunk, output in zip(members, made, strict=True):
                 vectors[chunk] = output[: len(chunk)]
 
-    def _packed_inputs(
-        self, tokens: list[tuple[Array, Array]], chunk: list[int], rows: int, segments: int
-    ) -> dict[str, Array]:
+    def _packed_inputs(self, tokens: list[tuple[Array, Array]], chunk: list[int], rows: int, segments: int) -> dict[str, Array]:
         offsets = np.zeros(segments + 1, np.int64)
         np.cumsum([len(tokens[i][0]) for i in chunk], out=offsets[1 : len(chunk) + 1])
         offsets[len(chunk) + 1 :] = offsets[len(chunk)]

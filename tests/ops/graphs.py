@@ -113,7 +113,9 @@ GRAPHS = [
     ),
     Graph("softmax", Node("Softmax", ("x",), ("y",)), {"x": draw(5, 7)}, ("x",)),
     Graph("gather", Node("Gather", ("t", "i"), ("y",)), {"t": draw(6, 20)}, ("t",), constants={"i": INDICES}),
-    Graph("gather-axis-1", Node("Gather", ("t", "i"), ("y",), {"axis": 1}), {"t": draw(3, 6, 5)}, ("t",), constants={"i": INDICES}),
+    Graph(
+        "gather-axis-1", Node("Gather", ("t", "i"), ("y",), {"axis": 1}), {"t": draw(3, 6, 5)}, ("t",), constants={"i": INDICES}
+    ),
     *[
         Graph(
             f"masked-pool-{mode}", Node("MaskedPool", ("x", "mask"), ("y",), {"mode": mode}, OWN),

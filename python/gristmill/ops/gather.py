@@ -79,9 +79,7 @@ class Gather(Op):
         data, indices, out = binder.rows(node.inputs[0]), binder.rows(node.inputs[1]), binder.output(node.outputs[0])
         axis = node.attributes.get("axis", 0) % len(data.shape)
         outer, places, inner = as_middle(data.shape, axis)
-        binder.step(
-            _core.gather, data.reshape(outer, places, inner), indices, out.reshape(outer, prod(indices.shape), inner)
-        )
+        binder.step(_core.gather, data.reshape(outer, places, inner), indices, out.reshape(outer, prod(indices.shape), inner))
         return True
 
 
@@ -118,9 +116,7 @@ class GatherGrad(Op):
     def bind(self, node: Node, binder: Binder) -> bool:
         dy, indices, grad = binder.rows(node.inputs[0]), binder.rows(node.inputs[2]), binder.output(node.outputs[0])
         outer, places, inner = as_middle(grad.shape, node.attributes.get("axis", 0))
-        binder.step(
-            _core.gather_grad, dy.reshape(outer, prod(indices.shape), inner), indices, grad.reshape(outer, places, inner)
-        )
+        binder.step(_core.gather_grad, dy.reshape(outer, prod(indices.shape), inner), indices, grad.reshape(outer, places, inner))
         return True
 
 

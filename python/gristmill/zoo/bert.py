@@ -155,11 +155,11 @@ def bert(
     )  # fmt: skip
     rng = np.random.default_rng(seed)
     tensors: dict[str, Tensor] = {}
-    for name, size in shape.tensors().items():
-        if len(size) == 2:
-            values = rng.standard_normal(size, np.float32) * np.float32(0.02)
+    for name, extents in shape.tensors().items():
+        if len(extents) == 2:
+            values = rng.standard_normal(extents, np.float32) * np.float32(0.02)
         else:
-            values = np.full(size, float(name.endswith("LayerNorm.weight")), np.float32)
+            values = np.full(extents, float(name.endswith("LayerNorm.weight")), np.float32)
         tensors[name] = Dense(values)
     return encoder(shape, tensors)
 
@@ -177,7 +177,7 @@ def encoder(shape: Encoder, tensors: Mapping[str, Tensor]) -> Model:
         value = graph.layer(f"encoder.layer.{layer}", value)
     output = graph.rename(graph.head(value), shape.output)
     kind = TensorType(np.dtype(np.int64), ("batch", "sequence"))
-    inputs = {name: kind for name in (IDS, MASK, TYPES)[: 3 if shape.types else 2]}
+    inputs = dict.fromkeys((IDS, MASK, TYPES)[: 3 if shape.types else 2], kind)
     return Model(tuple(graph.nodes), {name: tensors[name] for name in shape.tensors()}, inputs, (output,))
 
 

@@ -4,6 +4,8 @@ With EPS = 2^-24, a sum of n terms in 16 lanes costs k = n/16 + 6 EPS of the sum
 n EPS; products of factors add their relative errors.
 """
 
+from itertools import pairwise
+
 import numpy as np
 
 from gristmill import _core
@@ -12,7 +14,16 @@ from kernels.cases.nn import EMPTY_ROWS, EPS, MATRICES, TINY, runner, wide
 
 # ---- rows by index ----
 
-GATHERS = ((1, 0, 3, 0), (1, 5, 1, 1), (1, 7, 15, 4), (2, 3, 16, 5), (3, 9, 17, 8), (1, 30, 64, 33), (1, 200, 384, 70), (1, 50, 1000, 3))
+GATHERS = (
+    (1, 0, 3, 0),
+    (1, 5, 1, 1),
+    (1, 7, 15, 4),
+    (2, 3, 16, 5),
+    (3, 9, 17, 8),
+    (1, 30, 64, 33),
+    (1, 200, 384, 70),
+    (1, 50, 1000, 3),
+)
 
 
 def gather_inputs(dtype):
@@ -143,7 +154,7 @@ def sequences(inputs):
     x = inputs["x"]
     if "offsets" in inputs:
         offsets = inputs["offsets"]
-        return [(np.arange(a, b), np.arange(b - a) + 1) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        return [(np.arange(a, b), np.arange(b - a) + 1) for a, b in pairwise(offsets)]
     places = [np.nonzero(row)[0] for row in inputs["mask"]]
     return [(b * x.shape[1] + at, at + 1) for b, at in enumerate(places)]
 
@@ -249,7 +260,9 @@ class Pair:
         with np.errstate(all="ignore"):
             self.x, self.y = wide(inputs["x"], inputs["dy"])
             self.k = EPS * (self.x.shape[1] / 16 + 6)
-            self.xx, self.xy, self.yy = ((a * b).sum(1, keepdims=True) for a, b in ((self.x, self.x), (self.x, self.y), (self.y, self.y)))
+            self.xx, self.xy, self.yy = (
+                (a * b).sum(1, keepdims=True) for a, b in ((self.x, self.x), (self.x, self.y), (self.y, self.y))
+            )
             self.size = np.abs(self.x * self.y).sum(1, keepdims=True)
             self.ix, self.iy = (np.where(square == 0, 0, 1 / np.sqrt(square)) for square in (self.xx, self.yy))
 
@@ -344,6 +357,11 @@ CASES = [
     gather_case("int32"),
     GATHER_GRAD,
     LOOKUPS,
-    *[case for mode in ("mean", "sqrt", "weighted", "max", "first") for masked in (True, False) for case in pool_cases(mode, masked)],
+    *[
+        case
+        for mode in ("mean", "sqrt", "weighted", "max", "first")
+        for masked in (True, False)
+        for case in pool_cases(mode, masked)
+    ],
     *ROWS,
 ]

@@ -1,7 +1,7 @@
 """Hugging Face folders: encoders of the BERT family, and sentence-transformers on top of them.
 
 What is read: config.json, model.safetensors (or its index and shards), tokenizer.json and tokenizer_config.json, and in a
-sentence-transformers folder modules.json, sentence_bert_config.json and the configuration of each module. Nothing of it is trusted.
+sentence-transformers folder modules.json, sentence_bert_config.json and the configuration of each module. Nothing is trusted.
 """
 
 from pathlib import Path

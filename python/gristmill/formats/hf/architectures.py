@@ -16,7 +16,16 @@ ACTIVATIONS = {
     "relu": "relu", "silu": "silu", "swish": "silu", "tanh": "tanh", "sigmoid": "sigmoid",
 }  # fmt: skip
 # What checkpoints hold beside the encoder: buffers, and the heads of pretraining.
-UNUSED = ("embeddings.position_ids", "embeddings.token_type_ids", "pooler.", "cls.", "lm_head.", "vocab_", "classifier.", "qa_outputs.")
+UNUSED = (
+    "embeddings.position_ids",
+    "embeddings.token_type_ids",
+    "pooler.",
+    "cls.",
+    "lm_head.",
+    "vocab_",
+    "classifier.",
+    "qa_outputs.",
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,8 @@ DISTILLED = {
     **KEYS, "layers": "n_layers", "hidden": "dim", "heads": "n_heads", "intermediate": "hidden_dim", "activation": "activation",
 }  # fmt: skip
 DISTILLED_NAMES = (
-    ("transformer.layer.", "encoder.layer."), ("attention.q_lin.", "attention.self.query."), ("attention.k_lin.", "attention.self.key."),
+    ("transformer.layer.", "encoder.layer."), ("attention.q_lin.", "attention.self.query."),
+    ("attention.k_lin.", "attention.self.key."),
     ("attention.v_lin.", "attention.self.value."), ("attention.out_lin.", "attention.output.dense."),
     ("sa_layer_norm.", "attention.output.LayerNorm."), ("ffn.lin1.", "intermediate.dense."), ("ffn.lin2.", "output.dense."),
     ("output_layer_norm.", "output.LayerNorm."),
@@ -67,7 +77,9 @@ DISTILLED_NAMES = (
 ROBERTA = Family(KEYS, "roberta.", (("classifier.dense", "tanh"), ("classifier.out_proj", None)), counts_padding=False)
 FAMILIES = {
     "bert": Family(KEYS, "bert.", (("pooler.dense", "tanh"), ("classifier", None))),
-    "distilbert": Family(DISTILLED, "distilbert.", (("pre_classifier", "relu"), ("classifier", None)), DISTILLED_NAMES, typed=False),
+    "distilbert": Family(
+        DISTILLED, "distilbert.", (("pre_classifier", "relu"), ("classifier", None)), DISTILLED_NAMES, typed=False
+    ),
     "roberta": ROBERTA,
     "xlm-roberta": ROBERTA,
 }
@@ -104,8 +116,13 @@ def read_encoder(folder: Folder, modules: Modules | None) -> Found:
     if modules is None:
         shape = _with_head(shape, config, family, stored)
     else:
-        on_top = {"pooling": modules.pooling, "projections": modules.projections, "normalize": modules.normalize}
-        shape = replace(shape, **on_top, output="sentence_embedding")
+        shape = replace(
+            shape,
+            pooling=modules.pooling,
+            projections=modules.projections,
+            normalize=modules.normalize,
+            output="sentence_embedding",
+        )
         stored |= modules.arrays
     arrays = _matched(shape, stored)
     longest = shape.positions - (0 if shape.padding is None else shape.padding + 1)
@@ -116,10 +133,17 @@ def _shape(config: Fields, family: Family) -> Encoder:
     if config.flag("is_decoder") or config.flag("add_cross_attention"):
         raise FormatError("config.json: decoders are not supported")
     config.choice("position_embedding_type", {"absolute": 0}, "absolute")
-    sizes = {name: config.integer(family.keys[name], 1, LARGEST) for name in KEYS if name not in ("layers", "activation")}
+
+    def size(name: str) -> int:
+        return config.integer(family.keys[name], 1, LARGEST)
+
     shape = Encoder(
         layers=config.integer(family.keys["layers"], 1, LAYERS),
-        **sizes,
+        hidden=size("hidden"),
+        heads=size("heads"),
+        intermediate=size("intermediate"),
+        vocabulary=size("vocabulary"),
+        positions=size("positions"),
         types=config.integer("type_vocab_size", 0, LARGEST, 2) if family.typed else 0,
         activation=config.choice(family.keys["activation"], ACTIVATIONS, "gelu"),
         epsilon=config.number("layer_norm_eps", 0.0, 1.0, 1e-12),
@@ -142,7 +166,9 @@ def _with_head(shape: Encoder, config: Fields, family: Family, stored: dict[str,
         raise config.fault("architectures", "a list of names")
     head = next((end for end in HEADS if named[0].endswith(end)), None)
     if head is None:
-        raise FormatError(f"config.json: the head of {named[0][:80]!r} is not known; known are names that end in {', '.join(HEADS)}")
+        raise FormatError(
+            f"config.json: the head of {named[0][:80]!r} is not known; known are names that end in {', '.join(HEADS)}"
+        )
     pooling, layers = HEADS[head](family)
     projections = []
     for name, activation in layers:
