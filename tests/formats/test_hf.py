@@ -399,7 +399,7 @@ def test_pickled_weights_are_never_read(tmp_path):
 
 
 def test_other_folders_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+    with pytest.raises(FormatError, match=r"is a folder without a config\.json"):
         gm.load(tmp_path)
 
 

@@ -1,7 +1,7 @@
 """From the vectors of tokens to one vector for each sequence: mean, maximum, first token and their kin.
 
-Each comes in two forms: over a padded batch with a mask, and over packed rows, where `offsets` says which row begins each
-segment. Modes: "mean"; "sqrt": the sum over the square root of the count; "weighted": the mean weighted by place, 1 for the first;
+Each comes in two forms: over a padded batch with a mask, and over packed rows, where `offsets` says where segments begin.
+Modes: "mean"; "sqrt": the sum over the square root of the count; "weighted": the mean weighted by place, 1 for the first;
 "max"; "first". A sequence without tokens gives zeros.
 """
 

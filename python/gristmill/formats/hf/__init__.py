@@ -26,7 +26,7 @@ def load(path: Path) -> Model:
 
     Raises:
         FormatError: a file is damaged, hostile, or of an architecture that is not known.
-        OSError: a file cannot be read; FileNotFoundError if config.json or the weights are missing.
+        OSError: a file cannot be read; FileNotFoundError if the weights are missing.
     """
     folder = Folder(path)
     try:

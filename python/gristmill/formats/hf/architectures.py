@@ -105,7 +105,7 @@ def read_encoder(folder: Folder, modules: Modules | None) -> Found:
         FormatError: the configuration is out of range, or the tensors do not fit it: all of them are named.
     """
     if not folder.has("config.json"):
-        raise FileNotFoundError(f"there is no config.json in {folder.path}: it is no Hugging Face model folder")
+        raise FormatError("it is a folder without a config.json, and so no Hugging Face model")
     config = folder.fields("config.json")
     architecture = config.values.get("model_type")
     if not isinstance(architecture, str) or architecture not in FAMILIES:
