@@ -113,8 +113,13 @@ def masked_attention(
     scale: float,
     out: Array,
     scratch: Array,
+    precision: str = "float32",
 ) -> None:
-    """q, out [B,L,C], k, v [B,S,C], mask [B,S] int64 or bool: keys whose mask is 0 do not count, unless that leaves none."""
+    """q, out [B,L,C], k, v [B,S,C], mask [B,S] int64 or bool: keys whose mask is 0 do not count, unless that leaves none.
+
+    precision "bf16" rounds q, k, v and the probabilities to bf16 and adds in float32; slow where the slot
+    attention_product_bf16 is scalar.
+    """
 
 def masked_attention_grad(
     program: Program,
@@ -140,6 +145,7 @@ def packed_attention(
     scale: float,
     out: Array,
     scratch: Array,
+    precision: str = "float32",
 ) -> None:
     """q, k, v, out [M,C]: rows offsets[s] to offsets[s + 1] (int64) attend to each other, other rows of out are 0.
 
