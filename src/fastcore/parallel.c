@@ -136,29 +136,56 @@ static void prepare(void) {
     pthread_atfork(NULL, NULL, note_fork);
 }
 
-void fc_team_run(fc_team_fn *body, void *context, int threads) {
+/* Take the lease of the team; 0 if this run is to work alone. */
+static int take_team(int threads) {
     pthread_once(&prepared, prepare);
-    if (threads <= 1 || atomic_load(&is_forked_child) || atomic_flag_test_and_set_explicit(&team_taken, memory_order_acquire)) {
+    if (threads <= 1 || atomic_load(&is_forked_child)) return 0;
+    return !atomic_flag_test_and_set_explicit(&team_taken, memory_order_acquire);
+}
+
+static void give_team_back(void) { atomic_flag_clear_explicit(&team_taken, memory_order_release); }
+
+/* Returns whether a thread lost its core, from when the team was awake: waking moves threads between cores, which says nothing
+ * about neighbours. */
+static int run_together(fc_team_fn *body, void *context, int threads) {
+    int lost = 0;
+#pragma omp parallel num_threads(threads < most_threads ? threads : most_threads) reduction(| : lost)
+    {
+        const witness before = look();
+        body(context, omp_get_thread_num(), omp_get_num_threads());
+        lost = lost_the_core(before, look());
+    }
+    return lost;
+}
+
+void fc_team_run(fc_team_fn *body, void *context, int threads) {
+    if (!take_team(threads)) {
         body(context, 0, 1);
         return;
     }
-    const int64_t started_ns = now_ns();
-    if (started_ns < alone_until_ns) {
+    if (now_ns() < alone_until_ns) {
         body(context, 0, 1);
     } else {
-        int lost = 0;
-        /* From here on only: waking the team moves threads between cores, which says nothing about neighbours. */
-#pragma omp parallel num_threads(threads < most_threads ? threads : most_threads) reduction(| : lost)
-        {
-            const witness before = look();
-            body(context, omp_get_thread_num(), omp_get_num_threads());
-            lost = lost_the_core(before, look());
-        }
+        const int lost = run_together(body, context, threads);
         judge_contention(now_ns(), lost);
     }
-    atomic_flag_clear_explicit(&team_taken, memory_order_release);
+    give_team_back();
+}
+
+void fc_pool_run(fc_team_fn *body, void *context, int threads) {
+    if (!take_team(threads)) {
+        body(context, 0, 1);
+        return;
+    }
+    run_together(body, context, threads);
+    give_team_back();
 }
 #else
+void fc_pool_run(fc_team_fn *body, void *context, int threads) {
+    (void)threads;
+    body(context, 0, 1);
+}
+
 void fc_team_run(fc_team_fn *body, void *context, int threads) {
     (void)threads;
     body(context, 0, 1);
