@@ -86,14 +86,39 @@ FC_INLINE float fc_normal_cdf(float x, float *bell) {
     return x < 0.0f ? tail : 1.0f - tail;
 }
 
+/* x Phi(x) with Phi(x) = 1/2 + x p(x^2) on |x| <= 5.2 and 0 or 1 beyond: 20 operations, no exp and no division. The polynomial is
+ * in 2 x^2 / 5.2^2 - 1, so that its terms do not cancel. Off by at most 2.9e-7 max(1, |x|): the lower tail keeps no relative
+ * accuracy, as 1 + erf in float32 keeps none. */
+FC_INLINE float fc_gelu(float x) {
+    const float square = x * x;
+    const float s = fc_fma(square < 27.04f ? square : 27.04f, 2.0f / 27.04f, -1.0f);
+    float p = -0x1.196f26p-12f;
+    p = fc_fma(p, s, 0x1.36651cp-10f);
+    p = fc_fma(p, s, -0x1.e68a5cp-10f);
+    p = fc_fma(p, s, 0x1.08dadap-9f);
+    p = fc_fma(p, s, -0x1.0a482cp-8f);
+    p = fc_fma(p, s, 0x1.117ea2p-7f);
+    p = fc_fma(p, s, -0x1.a6cc7ep-7f);
+    p = fc_fma(p, s, 0x1.27b60ap-6f);
+    p = fc_fma(p, s, -0x1.93577cp-6f);
+    p = fc_fma(p, s, 0x1.05e94cp-5f);
+    p = fc_fma(p, s, -0x1.473404p-5f);
+    p = fc_fma(p, s, 0x1.99cfb6p-5f);
+    p = fc_fma(p, s, -0x1.1579fap-4f);
+    p = fc_fma(p, s, 0x1.166cf2p-3f);
+    float phi = fc_fma(x, p, 0.5f);
+    phi = phi < 0.0f ? 0.0f : phi;
+    phi = phi > 1.0f ? 1.0f : phi;
+    return x * phi;
+}
+
 /* 2 sqrt(2/pi) (x + 0.044715 x^3): gelu_tanh(x) = x sigmoid(this). */
 FC_INLINE float fc_gelu_tanh_argument(float x) { return 1.59576912f * fc_fma(0.044715f * x * x, x, x); }
 
 FC_INLINE float fc_activate(fc_activation kind, float x) {
-    float bell;
     switch (kind) {
     case FC_RELU: return x < 0.0f ? 0.0f : x; /* NaN passes */
-    case FC_GELU: return x * fc_normal_cdf(x, &bell);
+    case FC_GELU: return fc_gelu(x);
     case FC_GELU_TANH: return x / (1.0f + fc_exp(-fc_gelu_tanh_argument(x)));
     case FC_TANH: return fc_tanh(x);
     case FC_SIGMOID: return fc_sigmoid(x);
