@@ -247,6 +247,16 @@ static void linear_u8_s8_f32_avx512vnni(const fc_int8_tile *t) {
     default: run_tile(t, 12, 1); break;
     }
 }
+static void quantize_static_rows_f32_u8_avx512vnni(const float *x, int64_t stride, int64_t rows, int64_t k, float scale,
+                                                   int zero_point, uint8_t *out, int64_t out_stride) {
+    quantize_static_rows_body(x, stride, rows, k, scale, zero_point, out, out_stride);
+}
+
+static void quantize_static_lanes_f32_u8_avx512vnni(const float *x, int64_t stride, int64_t rows, int64_t k, float scale,
+                                                    int zero_point, uint8_t *out, int64_t out_stride) {
+    quantize_static_lanes_body(x, stride, rows, k, scale, zero_point, out, out_stride);
+}
+
 FC_TARGET_END
 
 void fc_quant_install_avx512vnni(fc_table *table) {
@@ -256,5 +266,7 @@ void fc_quant_install_avx512vnni(fc_table *table) {
     FC_INSTALL(table, quantize_rows_f32_u8, avx512vnni);
     FC_INSTALL(table, quantize_lanes_f32_u8, avx512vnni);
     FC_INSTALL(table, linear_u8_s8_f32, avx512vnni);
+    FC_INSTALL(table, quantize_static_rows_f32_u8, avx512vnni);
+    FC_INSTALL(table, quantize_static_lanes_f32_u8, avx512vnni);
 }
 #endif
