@@ -40,7 +40,7 @@ static const tier tiers[] = {
      "avx512",
      "AVX-512 BF16",
      FC_CPU_AVX512 | FC_CPU_AVX512BF16,
-     {NULL, fc_attention_install_avx512bf16, NULL, NULL, NULL, NULL, NULL}},
+     {NULL, fc_attention_install_avx512bf16, fc_dense_install_avx512bf16, NULL, NULL, NULL, NULL}},
 #endif
 };
 enum { TIERS = sizeof tiers / sizeof *tiers };
