@@ -1,7 +1,7 @@
 """The operators: one instance each, by (domain, name). A new operator is its file and its line here."""
 
 from gristmill.errors import ModelError
-from gristmill.ops import activation, arithmetic, linear, loss, normalization
+from gristmill.ops import activation, arithmetic, convolution, linear, loss, normalization, pooling, quantization
 from gristmill.ops.op import GRAD, OWN, Node, Op, TensorType
 
 _ALL: tuple[type[Op], ...] = (
@@ -12,6 +12,7 @@ _ALL: tuple[type[Op], ...] = (
     normalization.Softmax, normalization.SoftmaxGrad,
     loss.SoftmaxCrossEntropyLoss, loss.SoftmaxCrossEntropyLossGrad, loss.MeanSquaredError, loss.MeanSquaredErrorGrad,
     loss.DistillationLoss, loss.DistillationLossGrad,
+    *convolution.OPERATORS, *pooling.OPERATORS, *quantization.OPERATORS,
 )  # fmt: skip
 
 OPS: dict[tuple[str, str], Op] = {(op.domain, op.name): op() for op in _ALL}
