@@ -42,9 +42,8 @@ def convolve(x: Array, w: Array, axes: Sequence[Axis], group: int) -> Array:
     y = np.zeros((n, m, *out), x.dtype)
     if c == group and group > 1:
         for place, cuts in taps(axes):
-            part = x[(slice(None), slice(None), *cuts)]
-            weight = w[(slice(None), 0, *place)].reshape(group, m // group, *(1,) * len(axes))
-            y += (part[:, :, None] * weight).reshape(y.shape)
+            weight = w[:, 0][place].reshape(group, m // group, *(1,) * len(axes))
+            y += (x[cuts][:, :, None] * weight).reshape(y.shape)
         return y
     share, rows = c // group, m // group
     weights = w.reshape(group, rows, -1)
@@ -53,7 +52,7 @@ def convolve(x: Array, w: Array, axes: Sequence[Axis], group: int) -> Array:
         for g in range(group):
             channels = x[image, g * share : (g + 1) * share]
             for number, (_, cuts) in enumerate(taps(axes)):
-                columns[:, number] = channels[(slice(None), *cuts)]
+                columns[:, number] = channels[cuts]
             y[image, g * rows : (g + 1) * rows] = (weights[g] @ columns.reshape(weights.shape[2], -1)).reshape(rows, *out)
     return y
 
@@ -129,8 +128,7 @@ def integer_convolution(node: Node, x: Array, w: Array, x_zero: Array | None, w_
     """Return the exact convolution of 8-bit values less their zero points, as integers in a float dtype."""
     dtype = exact_float(x.dtype, w.dtype, prod(w.shape[1:]))
     axes = window(node, x.shape[2:], w.shape[2:])
-    wide = convolve(zero_pointed(x, x_zero, dtype), zero_pointed(w, w_zero, dtype, 0), axes, node.attributes.get("group", 1))
-    return wide
+    return convolve(zero_pointed(x, x_zero, dtype), zero_pointed(w, w_zero, dtype, 0), axes, node.attributes.get("group", 1))
 
 
 class QLinearConv(Op):
@@ -190,11 +188,11 @@ class ConvTranspose(Op):
         y = np.zeros((n, group, rows, *whole), wide.dtype)
         for image in range(n):
             columns = weights.transpose(0, 2, 1) @ wide[image].reshape(group, len(w) // group, -1)
-            columns = columns.reshape(group, rows, *w.shape[2:], *x.shape[2:])
-            for place, cuts in taps(axes):
-                y[(image, slice(None), slice(None), *cuts)] += columns[(slice(None), slice(None), *place)]
-        kept = tuple(slice(a.before, a.before + a.extent) for a in axes)
-        y = y.reshape(n, group * rows, *whole)[(slice(None), slice(None), *kept)]
+            columns = columns.reshape(group, rows, -1, *x.shape[2:])
+            for number, (_, cuts) in enumerate(taps(axes)):
+                y[image][cuts] += columns[:, :, number]
+        kept: list[Any] = [..., *(slice(a.before, a.before + a.extent) for a in axes)]
+        y = y.reshape(n, group * rows, *whole)[tuple(kept)]
         return [biased(y, bias).astype(x.dtype)]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,7 +16,7 @@ POOLED = {**ATTRIBUTES, "ceil_mode": int}
 
 
 def kernel_shape(node: Node) -> tuple[int, ...]:
-    value = node.attributes.get("kernel_shape")
+    value: tuple[Any, ...] = node.attributes.get("kernel_shape", ())
     need(bool(value) and all(isinstance(k, int) and k >= 1 for k in value), node, f"kernel_shape is needed, got {value}")
     return tuple(value)
 
@@ -55,14 +55,14 @@ class MaxPool(Pool):
         y = np.full((*x.shape[:2], *(axis.out for axis in axes)), least, x.dtype)
         if len(node.outputs) < 2:
             for _, cuts in taps(axes):
-                np.maximum(y, image[(..., *cuts)], out=y)
+                np.maximum(y, image[cuts], out=y)
             return [y]
-        order = "F" if node.attributes.get("storage_order", 0) else "C"
-        plane = np.arange(prod(x.shape[2:])).reshape(x.shape[2:], order=order)
+        order: Literal["F", "C"] = "F" if node.attributes.get("storage_order", 0) else "C"
+        plane = np.reshape(np.arange(prod(x.shape[2:])), x.shape[2:], order=order)
         places = padded(plane[None, None], axes, -1)
         best = np.full(y.shape, -1, np.int64)
         for _, cuts in taps(axes):
-            here, place = image[(..., *cuts)], places[(..., *cuts)]
+            here, place = image[cuts], places[cuts]
             better = ((here > y) | (best < 0) | (np.isnan(here) & ~np.isnan(y))) & (place >= 0)
             y, best = np.where(better, here, y), np.where(better, place, best)
         planes = np.arange(x.shape[0] * x.shape[1]).reshape(*x.shape[:2], *(1,) * len(axes)) * plane.size
@@ -81,7 +81,7 @@ class AveragePool(Pool):
         image = padded(widened(x), axes, 0)
         y = np.zeros((*x.shape[:2], *(axis.out for axis in axes)), image.dtype)
         for _, cuts in taps(axes):
-            y += image[(..., *cuts)]
+            y += image[cuts]
         return [(y / counts(axes, bool(node.attributes.get("count_include_pad", 0)))).astype(x.dtype)]
 
 
@@ -117,7 +117,7 @@ class LpPool(Pool):
         image = padded(power_sum(x, node), axes, 0)
         y = np.zeros((*x.shape[:2], *(axis.out for axis in axes)), image.dtype)
         for _, cuts in taps(axes):
-            y += image[(..., *cuts)]
+            y += image[cuts]
         return [root(y, node).astype(x.dtype)]
 
 

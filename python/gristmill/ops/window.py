@@ -107,11 +107,14 @@ def padded(x: Array, axes: Sequence[Axis], fill: Any) -> Array:
     return np.pad(x, [(0, 0)] * (x.ndim - len(axes)) + widths, constant_values=fill)
 
 
-def taps(axes: Sequence[Axis]) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
-    """For each tap of the kernel in row-major order: its place, and the elements of a padded image that it meets."""
+def taps(axes: Sequence[Axis]) -> Iterator[tuple[Any, Any]]:
+    """For each tap of the kernel in row-major order: its index, and that of the elements of a padded image that it meets.
+
+    Both begin with an ellipsis: they are of the last axes of any array.
+    """
     for place in product(*(range(axis.kernel) for axis in axes)):
-        cuts = []
+        cuts: list[Any] = [...]
         for at, axis in zip(place, axes, strict=True):
             first = axis.taps()
             cuts.append(slice(at * axis.dilation, at * axis.dilation + first.stop, first.step))
-        yield place, tuple(cuts)
+        yield (..., *place), tuple(cuts)
