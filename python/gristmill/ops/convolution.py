@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gristmill.ops.op import Dim, Node, Op, TensorType, need, same_dim
+from gristmill.ops.op import Dim, Node, Op, TensorType, fresh_dim, need, same_dim
 from gristmill.ops.quantization import exact_float, requantize, zero_pointed
 from gristmill.ops.window import (
     ATTRIBUTES,
@@ -173,7 +173,7 @@ class ConvTranspose(Op):
         axes = transposed(node, [2**20 if isinstance(d, str) else d for d in x.shape[2:]], kernel_of(node, w.shape))
         named = not node.attributes.get("output_shape")
         spatial = tuple(
-            f"{node.name}.{i}" if isinstance(d, str) and named else axis.extent
+            fresh_dim(node, i + 2) if isinstance(d, str) and named else axis.extent
             for i, (d, axis) in enumerate(zip(x.shape[2:], axes, strict=True))
         )
         return [TensorType(x.dtype, (x.shape[0], channels, *spatial))]

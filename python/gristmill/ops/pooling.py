@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gristmill.ops.convolution import widened
-from gristmill.ops.op import Dim, Node, Op, TensorType, need, same_dim, same_type
+from gristmill.ops.op import Dim, Node, Op, TensorType, Undetermined, fresh_dim, need, same_dim, same_type
 from gristmill.ops.window import ATTRIBUTES, Axis, out_shape, padded, per_axis, spatial_input, taps, window
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
@@ -177,10 +177,10 @@ class MaxUnpool(Op):
         shape: tuple[Dim, ...] = (*x.shape[:2], *self.extents(node, x.shape[2:]))
         if node.input(2):
             given = constants[2]
-            shape = (*x.shape[:2], *(f"{node.name}.{i}" for i in range(len(x.shape) - 2)))
-            if given is not None:
-                need(given.shape == (len(x.shape),), node, f"output_shape must have {len(x.shape)} extents, got {given.shape}")
-                shape = tuple(int(d) for d in given.dense())
+            if given is None:
+                raise Undetermined
+            need(given.shape == (len(x.shape),), node, f"output_shape must have {len(x.shape)} extents, got {given.shape}")
+            shape = tuple(int(d) for d in given.dense())
         return [TensorType(x.dtype, shape)]
 
     def extents(self, node: Node, spatial: Sequence[Dim]) -> tuple[Dim, ...]:
@@ -189,7 +189,7 @@ class MaxUnpool(Op):
         need(len(kernel) == rank, node, f"kernel_shape {kernel} of {rank} spatial axes")
         strides, pads = per_axis(node, "strides", rank, 1), per_axis(node, "pads", 2 * rank, 0, fewest=0)
         return tuple(
-            f"{node.name}.{i}" if isinstance(d, str) else (d - 1) * strides[i] + kernel[i] - pads[i] - pads[rank + i]
+            fresh_dim(node, i + 2) if isinstance(d, str) else (d - 1) * strides[i] + kernel[i] - pads[i] - pads[rank + i]
             for i, d in enumerate(spatial)
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gristmill.ops.op import Dim, Node, TensorType, need
+from gristmill.ops.op import Dim, Node, TensorType, fresh_dim, need
 from gristmill.tensor.parts import Array
 
 ATTRIBUTES = {"auto_pad": str, "dilations": tuple, "kernel_shape": tuple, "pads": tuple, "strides": tuple}
@@ -89,7 +89,9 @@ def window(node: Node, spatial: Sequence[int], kernel: Sequence[int]) -> list[Ax
 def out_shape(node: Node, spatial: Sequence[Dim], kernel: Sequence[int]) -> tuple[Dim, ...]:
     """The spatial extents of the result; a symbolic axis gives a symbol of the node's own."""
     axes = window(node, [int(d) if not isinstance(d, str) else 2**30 for d in spatial], kernel)
-    return tuple(f"{node.name}.{i}" if isinstance(d, str) else a.out for i, (d, a) in enumerate(zip(spatial, axes, strict=True)))
+    return tuple(
+        fresh_dim(node, i + 2) if isinstance(d, str) else a.out for i, (d, a) in enumerate(zip(spatial, axes, strict=True))
+    )
 
 
 def spatial_input(node: Node, x: TensorType | None) -> TensorType:
