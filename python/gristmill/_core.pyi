@@ -285,7 +285,7 @@ def sparse_linear_int8(
 # ---- vision: float32 images [N, C, H, W] ----
 # `geometry` is (kernel, strides, dilations, pads before), each (y, x); elements outside the image are padding.
 
-Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]]
+_Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]]
 
 WINDOW_LIMITS: tuple[int, int]
 """The most of an extent of a kernel, stride or dilation, and of an extent of a dilated kernel or padding."""
@@ -309,7 +309,7 @@ class ConvolutionPacker:
     def __call__(self, weight: Weight, threads: int = 1) -> PackedConvolution: ...
 
 def convolution_scratch(
-    image: tuple[int, int], out: tuple[int, int], geometry: Geometry, channels: int, group: int, threads: int
+    image: tuple[int, int], out: tuple[int, int], geometry: _Geometry, channels: int, group: int, threads: int
 ) -> int:
     """Bytes of scratch of a convolution or, with channels = 0, a pool; with less, they run on fewer threads."""
 
@@ -318,7 +318,7 @@ def convolution(
     x: Array,
     weight: PackedConvolution | Array,
     out: Array,
-    geometry: Geometry,
+    geometry: _Geometry,
     group: int,
     bias: Array | None,
     addend: Array | None,
@@ -336,7 +336,7 @@ def pool(
     program: Program,
     x: Array,
     out: Array,
-    geometry: Geometry,
+    geometry: _Geometry,
     average: bool,
     include_pad: bool,
     pads_behind: tuple[int, int],
