@@ -133,9 +133,8 @@ class Conv(Separable):
             return False
         n, m, kernel = x.shape[0], weight.shape[0], flat.geometry[0]
         out = binder.output(node.outputs[0]).reshape(n, m, *flat.out)
-        source: Any = weight.dense().reshape(m, 1, *kernel)
-        if not depthwise:
-            source = binder.packed(node.inputs[1], _core.ConvolutionPacker(group, prod(kernel)))
+        packer = _core.ConvolutionPacker(group, prod(kernel))
+        source = weight.dense().reshape(m, 1, *kernel) if depthwise else binder.packed(node.inputs[1], packer)
         addend = binder.rows(node.input(3)).reshape(*out.shape) if node.input(3) else None
         low, high = node.attributes.get("low", -np.inf), node.attributes.get("high", np.inf)
         nbytes = _core.convolution_scratch(flat.image, flat.out, flat.geometry, x.shape[1], group, binder.threads)
