@@ -9,7 +9,7 @@ import numpy as np
 from gristmill import _core
 from gristmill.ops.activation import FUNCTIONS, evaluate
 from gristmill.ops.op import OWN, Binder, Dim, Node, Op, TensorType, fresh_dim, need, same_dim, same_type
-from gristmill.ops.quantization import exact_float, requantize, zero_pointed
+from gristmill.ops.quantization import INTEGERS, exact_float, requantize, zero_pointed
 from gristmill.ops.window import (
     ATTRIBUTES,
     AUTO_PADS,
@@ -209,6 +209,7 @@ class QLinearConv(Separable):
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         x, y_zero = spatial_input(node, types[0]), types[7]
         assert y_zero is not None
+        need(y_zero.dtype.name in INTEGERS, node, f"cannot quantise to {y_zero.dtype}")
         out = convolved(node, x, types[3], y_zero.dtype)
         check_bias(node, types[8] if len(types) > 8 else None, out.shape[1])
         return [out]
@@ -232,7 +233,7 @@ class ConvTranspose(Separable):
         x = spatial_input(node, x)
         group = node.attributes.get("group", 1)
         fits = w is not None and w.dtype == x.dtype and len(w.shape) == len(x.shape) and same_dim(w.shape[0], x.shape[1])
-        need(fits, node, f"x is {x} but the weight is {w}")
+        need(fits and group >= 1, node, f"x is {x} but the weight is {w} in {group} groups")
         assert w is not None
         need(not isinstance(w.shape[1], str), node, f"the weight's shape {w.shape} must be known")
         channels = int(w.shape[1]) * group
@@ -307,6 +308,12 @@ class DeformConv(Op):
         need(len(x.shape) == 4, node, f"two spatial axes are needed, got {x}")
         out = convolved(node, x, types[1], x.dtype)
         check_bias(node, types[3] if len(types) > 3 else None, out.shape[1])
+        parts, kernel = node.attributes.get("offset_group", 1), kernel_of(node, types[1].shape if types[1] else ())
+        need(parts >= 1 and (isinstance(x.shape[1], str) or x.shape[1] % parts == 0), node, f"{x} in {parts} groups of offsets")
+        for index, each in ((2, 2), (4, 1)):
+            given = types[index] if len(types) > index else None
+            wanted = TensorType(x.dtype, (x.shape[0], each * parts * prod(kernel), *out.shape[2:]))
+            need(given is None or same_type(given, wanted), node, f"input {index} must be {wanted}, got {given}")
         return [out]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:

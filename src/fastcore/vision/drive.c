@@ -202,6 +202,8 @@ static void stage_row(const fc_window *w, const float *in, float fill, float *ou
         for (int64_t i = 0; i < first; i++) out[i] = fill;
         if (stride == 1)
             memcpy(out + first, in ? in + first - before : out + first, (size_t)larger(0, last - first) * sizeof(float));
+        else if (stride == 2) /* said apart, for the compiler makes shuffles of it */
+            for (int64_t i = first; i < last; i++) out[i] = in[i * 2 - before];
         else
             for (int64_t i = first; i < last; i++) out[i] = in[i * stride - before];
         for (int64_t i = larger(first, last); i < pitch; i++) out[i] = fill;
@@ -216,14 +218,18 @@ static void stage(const fc_window *w, const float *plane, int64_t row, int64_t r
     }
 }
 
-/* Point at every tap of output row `row` of the band. */
-static void aim(const fc_window *w, int64_t row, const staging *s) {
+/* Point at every tap of the band's first output row. */
+static void aim(const fc_window *w, const staging *s) {
     for (int64_t ky = 0; ky < w->kernel_height; ky++)
         for (int64_t kx = 0; kx < w->kernel_width; kx++) {
             const int64_t dx = kx * w->dilation_x;
-            s->taps[ky * w->kernel_width + kx] = s->rows + (row * w->stride_y + ky * w->dilation_y) * row_pitch(w) +
-                                                 dx % w->stride_x * phase_pitch(w) + dx / w->stride_x;
+            s->taps[ky * w->kernel_width + kx] =
+                s->rows + ky * w->dilation_y * row_pitch(w) + dx % w->stride_x * phase_pitch(w) + dx / w->stride_x;
         }
+}
+
+static fc_rows_walk walk_of(const fc_window *w, int64_t rows) {
+    return (fc_rows_walk){rows, w->stride_y * row_pitch(w), w->out_width, w->out_width};
 }
 
 void fc_depthwise(const void *args, int rank, int size) {
@@ -234,6 +240,7 @@ void fc_depthwise(const void *args, int rank, int size) {
     float *scratch = carve(a->scratch, a->scratch_bytes, fc_staging_scratch(w), rank, size, &team);
     if (!scratch || each == 0) return;
     const staging s = lay_out(w, scratch);
+    aim(w, &s);
     int64_t item, end;
     fc_partition(a->images * a->channels * bands, 1, rank, team, &item, &end);
     for (; item < end; item++) {
@@ -242,11 +249,8 @@ void fc_depthwise(const void *args, int rank, int size) {
         for (int64_t f = plane * each; f < (plane + 1) * each; f++) {
             const int64_t filter = f % a->filters;
             float *out = a->out + (f * w->out_height + row) * w->out_width;
-            for (int64_t i = 0; i < rows; i++) {
-                aim(w, i, &s);
-                fc_kernels.tap_sum_f32(s.taps, a->weight + filter * taps, taps, a->bias ? a->bias[filter] : 0.0f,
-                                       out + i * w->out_width, w->out_width);
-            }
+            fc_kernels.tap_sum_f32(s.taps, a->weight + filter * taps, taps, a->bias ? a->bias[filter] : 0.0f, out,
+                                   walk_of(w, rows));
             const int64_t n = rows * w->out_width;
             if (a->addend || a->low > -INFINITY || a->high < INFINITY)
                 fc_kernels.bias_clip_f32(out, n, 1, n, NULL, a->addend ? a->addend + (out - a->out) : NULL, a->low, a->high);
@@ -283,6 +287,7 @@ void fc_pool(const void *args, int rank, int size) {
     float *scratch = carve(p->scratch, p->scratch_bytes, fc_staging_scratch(w), rank, size, &team);
     if (!scratch) return;
     const staging s = lay_out(w, scratch);
+    aim(w, &s);
     if (p->average) {
         const int64_t begin = p->include_pad ? -w->left : 0, last = w->width + (p->include_pad ? p->right : 0);
         for (int64_t t = 0; t < taps; t++) s.ones[t] = 1.0f;
@@ -294,16 +299,13 @@ void fc_pool(const void *args, int rank, int size) {
     for (; item < end; item++) {
         const int64_t plane = item / bands, row = item % bands * band_rows(w), rows = smaller(band_rows(w), w->out_height - row);
         stage(w, p->x + plane * w->height * w->width, row, rows, p->average ? 0.0f : -INFINITY, &s);
-        for (int64_t i = 0; i < rows; i++) {
-            float *out = p->out + (plane * w->out_height + row + i) * w->out_width;
-            aim(w, i, &s);
-            if (p->average) {
-                fc_kernels.tap_sum_f32(s.taps, s.ones, taps, 0.0f, out, w->out_width);
-                average_row(p, row + i, s.columns, out);
-            } else {
-                fc_kernels.tap_max_f32(s.taps, taps, out, w->out_width);
-            }
+        float *out = p->out + (plane * w->out_height + row) * w->out_width;
+        if (!p->average) {
+            fc_kernels.tap_max_f32(s.taps, taps, out, walk_of(w, rows));
+            continue;
         }
+        fc_kernels.tap_sum_f32(s.taps, s.ones, taps, 0.0f, out, walk_of(w, rows));
+        for (int64_t i = 0; i < rows; i++) average_row(p, row + i, s.columns, out + i * w->out_width);
     }
 }
 
@@ -323,6 +325,6 @@ void fc_scale_channels(const void *args, int rank, int size) {
     for (int64_t i = begin; i < end; i++) {
         const float *plane = p->x + i * p->n;
         const int64_t c = i % p->channels;
-        fc_kernels.tap_sum_f32(&plane, p->factor + c, 1, p->offset[c], p->out + i * p->n, p->n);
+        fc_kernels.tap_sum_f32(&plane, p->factor + c, 1, p->offset[c], p->out + i * p->n, (fc_rows_walk){1, p->n, p->n, p->n});
     }
 }
