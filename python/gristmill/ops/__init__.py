@@ -7,6 +7,7 @@ from gristmill.errors import ModelError
 from gristmill.ops import (
     activation,
     arithmetic,
+    attention,
     batch,
     convolution,
     image,
@@ -19,7 +20,7 @@ from gristmill.ops import (
 from gristmill.ops.op import GRAD, OWN, Node, Op, TensorType
 
 _MODULES = (
-    activation, arithmetic, batch, convolution, image, linear, loss, normalization, pooling, quantization,
+    activation, arithmetic, attention, batch, convolution, image, linear, loss, normalization, pooling, quantization,
 )  # fmt: skip
 
 OPS: dict[tuple[str, str], Op] = {(op.domain, op.name): op() for module in _MODULES for op in module.OPERATORS}
