@@ -62,20 +62,30 @@ void fc_pack_convolution(const void *args, int rank, int size) {
     }
 }
 
-/* Where pixels [pixel, pixel + cols) of the output read at one tap; returns the number of runs. */
-static int64_t find_runs(const fc_window *w, int64_t tap, int64_t pixel, int64_t cols, fc_run *runs) {
+/* The part of a panel that lies in one output row: lanes [at, at + count) are columns [col, col + count) of `row`. */
+typedef struct segment {
+    int64_t row, col, at, count;
+} segment;
+
+/* Cut pixels [pixel, pixel + cols) of the output at the ends of its rows; returns the number of segments. */
+static int64_t cut_panel(const fc_window *w, int64_t pixel, int64_t cols, segment *segments) {
+    int64_t found = 0, row = pixel / w->out_width, col = pixel % w->out_width;
+    for (int64_t at = 0; at < cols; at += segments[found++].count, row++, col = 0)
+        segments[found] = (segment){row, col, at, smaller(cols - at, w->out_width - col)};
+    return found;
+}
+
+/* Where a panel reads at one tap; returns the number of runs. */
+static int64_t find_runs(const fc_window *w, int64_t tap, const segment *segments, int64_t count, fc_run *runs) {
     const int64_t dy = tap / w->kernel_width * w->dilation_y - w->top, dx = tap % w->kernel_width * w->dilation_x - w->left;
     /* The columns whose element lies inside the image. */
     const int64_t first = dx < 0 ? pieces(-dx, w->stride_x) : 0;
-    const int64_t last = w->width - 1 - dx < 0 ? 0 : smaller(w->out_width, (w->width - 1 - dx) / w->stride_x + 1);
+    const int64_t last = dx < w->width ? pieces(w->width - dx, w->stride_x) : 0;
     int64_t found = 0;
-    for (int64_t at = 0; at < cols;) {
-        const int64_t row = (pixel + at) / w->out_width, col = (pixel + at) % w->out_width;
-        const int64_t count = smaller(cols - at, w->out_width - col), y = row * w->stride_y + dy;
-        const int64_t from = larger(first, col), end = smaller(last, col + count);
+    for (const segment *s = segments; s < segments + count; s++) {
+        const int64_t y = s->row * w->stride_y + dy, from = larger(first, s->col), end = smaller(last, s->col + s->count);
         if (y >= 0 && y < w->height && from < end)
-            runs[found++] = (fc_run){y * w->width + from * w->stride_x + dx, at + from - col, end - from};
-        at += count;
+            runs[found++] = (fc_run){y * w->width + from * w->stride_x + dx, s->at + from - s->col, end - from};
     }
     return found;
 }
@@ -86,22 +96,18 @@ static int is_pointwise(const fc_window *w) {
            w->out_width == w->width;
 }
 
-/* Pack depths [depth, depth + depths), counted [tap][channel], of pixels [pixel, pixel + cols). */
-static void pack_slab(const fc_window *w, const float *x, int64_t channels, int64_t depth, int64_t depths, int64_t pixel,
-                      int64_t cols, float *out) {
+/* Pack depths [depth, depth + depths), counted [tap][channel], of a panel. */
+static void pack_slab(const fc_window *w, const float *x, int64_t channels, int64_t depth, int64_t depths,
+                      const segment *segments, int64_t count, float *out) {
     const int64_t plane = w->height * w->width, width = fc_kernels.gemm_cols;
-    if (is_pointwise(w)) {
-        fc_kernels.pack_columns_f32(x + depth * plane + pixel, plane, cols, depths, out, width);
-        return;
-    }
     while (depths > 0) {
-        const int64_t channel = depth % channels, count = smaller(depths, channels - channel);
+        const int64_t channel = depth % channels, some = smaller(depths, channels - channel);
         fc_run runs[MOST_RUNS];
-        const int64_t found = find_runs(w, depth / channels, pixel, cols, runs);
-        fc_kernels.pack_window_f32(x + channel * plane, plane, count, w->stride_x, runs, found, out, width);
-        depth += count;
-        depths -= count;
-        out += count * width;
+        const int64_t found = find_runs(w, depth / channels, segments, count, runs);
+        fc_kernels.pack_window_f32(x + channel * plane, plane, some, w->stride_x, runs, found, out, width);
+        depth += some;
+        depths -= some;
+        out += some * width;
     }
 }
 
@@ -123,10 +129,15 @@ static void convolve_panel(const fc_convolution_args *a, int64_t image, int64_t 
     const float *weight = a->weight + g * filters * depth;
     float *out = a->out + (image * a->filters + g * filters) * plane + pixel;
     const int64_t step = slab_depth(depth), width = fc_kernels.gemm_cols;
+    segment segments[MOST_RUNS];
+    const int64_t count = cut_panel(w, pixel, cols, segments);
     int64_t d = 0;
     do {
         const int64_t depths = smaller(step, depth - d);
-        pack_slab(w, x, channels, d, depths, pixel, cols, slab);
+        if (is_pointwise(w))
+            fc_kernels.pack_columns_f32(x + d * plane + pixel, plane, cols, depths, slab, width);
+        else
+            pack_slab(w, x, channels, d, depths, segments, count, slab);
         for (int64_t t = tile; t < end; t++) {
             const int64_t first = tile_row(filters, t), rows = tile_row(filters, t + 1) - first;
             fc_kernels.gemm_f32(rows, cols, depths, weight + first * depth + d * rows, slab, width, 0, out + first * plane, plane,
