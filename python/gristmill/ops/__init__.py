@@ -10,17 +10,21 @@ from gristmill.ops import (
     attention,
     batch,
     convolution,
+    embedding,
+    gather,
     image,
     linear,
     loss,
     normalization,
     pooling,
     quantization,
+    token_pooling,
 )
 from gristmill.ops.op import GRAD, OWN, Node, Op, TensorType
 
 _MODULES = (
-    activation, arithmetic, attention, batch, convolution, image, linear, loss, normalization, pooling, quantization,
+    activation, arithmetic, attention, batch, convolution, embedding, gather, image, linear, loss, normalization, pooling,
+    quantization, token_pooling,
 )  # fmt: skip
 
 OPS: dict[tuple[str, str], Op] = {(op.domain, op.name): op() for module in _MODULES for op in module.OPERATORS}
