@@ -4,10 +4,28 @@ A module of operators lists them in OPERATORS; a new module is its name here.
 """
 
 from gristmill.errors import ModelError
-from gristmill.ops import activation, arithmetic, attention, embedding, gather, linear, loss, normalization, token_pooling
+from gristmill.ops import (
+    activation,
+    arithmetic,
+    attention,
+    batch,
+    convolution,
+    embedding,
+    gather,
+    image,
+    linear,
+    loss,
+    normalization,
+    pooling,
+    quantization,
+    token_pooling,
+)
 from gristmill.ops.op import GRAD, OWN, Node, Op, TensorType
 
-_MODULES = (activation, arithmetic, attention, embedding, gather, linear, loss, normalization, token_pooling)
+_MODULES = (
+    activation, arithmetic, attention, batch, convolution, embedding, gather, image, linear, loss, normalization, pooling,
+    quantization, token_pooling,
+)  # fmt: skip
 
 OPS: dict[tuple[str, str], Op] = {(op.domain, op.name): op() for module in _MODULES for op in module.OPERATORS}
 
