@@ -209,10 +209,12 @@ def modulo(a: Array, b: Array, fmod: int) -> Array:
 
 
 def shift(a: Array, b: Array, direction: str) -> Array:
-    """Bits that leave on either side are lost, all of them from the width of the dtype on."""
-    count = np.minimum(b, a.dtype.itemsize * 8 - 1)
-    shifted = (np.left_shift if direction == "LEFT" else np.right_shift)(a, count)
-    return np.where(b < a.dtype.itemsize * 8, shifted, 0)
+    """Bits that leave on either side are lost, all of them from the width of the dtype on; on the right the sign comes in."""
+    width = a.dtype.itemsize * 8
+    count = np.minimum(b, width - 1)
+    if direction == "RIGHT":
+        return np.where((b < width) | (a < 0), np.right_shift(a, count), 0)
+    return np.where(b < width, np.left_shift(a, count), 0)
 
 
 class Binary(Op):
@@ -305,6 +307,7 @@ class Identity(Op):
     name = "Identity"
     arity = (1, 1)
     differentiable = True
+    every_dtype = True
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         assert types[0] is not None
@@ -318,11 +321,7 @@ class Identity(Op):
             tape.add(node.inputs[0], dy)
 
     def bind(self, node: Node, binder: Binder) -> bool:
-        x = binder.rows(node.inputs[0])
-        if x.dtype != np.float32:
-            return False
-        binder.step(_core.scale, x, 1.0, binder.output(node.outputs[0]))
-        return True
+        return binder.alias(node.outputs[0], binder.rows(node.inputs[0]))
 
 
 class SumToShape(Op):
