@@ -11,7 +11,9 @@ from gristmill.ops import (
     cast,
     convolution,
     elementwise,
+    fill,
     image,
+    indexing,
     linear,
     loss,
     matmul,
@@ -24,8 +26,24 @@ from gristmill.ops import (
 from gristmill.ops.op import GRAD, OWN, Node, Op, TensorType
 
 _MODULES = (
-    activation, arithmetic, batch, cast, convolution, elementwise, image, linear, loss, matmul, normalization, pooling, quantization, reduction, shape,
-)  # fmt: skip
+    activation,
+    arithmetic,
+    batch,
+    cast,
+    convolution,
+    elementwise,
+    fill,
+    image,
+    indexing,
+    linear,
+    loss,
+    matmul,
+    normalization,
+    pooling,
+    quantization,
+    reduction,
+    shape,
+)
 
 OPS: dict[tuple[str, str], Op] = {(op.domain, op.name): op() for module in _MODULES for op in module.OPERATORS}
 
