@@ -4,10 +4,50 @@ A module of operators lists them in OPERATORS; a new module is its name here.
 """
 
 from gristmill.errors import ModelError
-from gristmill.ops import activation, arithmetic, cast, elementwise, fill, indexing, linear, loss, normalization, recurrent, reduction, shape, signal
+from gristmill.ops import (
+    activation,
+    arithmetic,
+    batch,
+    cast,
+    convolution,
+    elementwise,
+    fill,
+    image,
+    indexing,
+    linear,
+    loss,
+    matmul,
+    normalization,
+    pooling,
+    quantization,
+    recurrent,
+    reduction,
+    shape,
+    signal,
+)
 from gristmill.ops.op import GRAD, OWN, Node, Op, TensorType
 
-_MODULES = (activation, arithmetic, cast, elementwise, fill, indexing, linear, loss, normalization, recurrent, reduction, shape, signal)
+_MODULES = (
+    activation,
+    arithmetic,
+    batch,
+    cast,
+    convolution,
+    elementwise,
+    fill,
+    image,
+    indexing,
+    linear,
+    loss,
+    matmul,
+    normalization,
+    pooling,
+    quantization,
+    recurrent,
+    reduction,
+    shape,
+    signal,
+)
 
 OPS: dict[tuple[str, str], Op] = {(op.domain, op.name): op() for module in _MODULES for op in module.OPERATORS}
 

@@ -10,7 +10,7 @@ from gristmill import _core
 from gristmill.ops.activation import sigmoid
 from gristmill.ops.axes import first
 from gristmill.ops.dtypes import BOOL, is_float, narrow, wide
-from gristmill.ops.op import GRAD, Binder, Dim, Node, Op, Tape, TensorType, need, same_dim
+from gristmill.ops.op import GRAD, Binder, Dim, Node, Op, Tape, TensorType, aligned, need, same_dim
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
 
@@ -55,6 +55,11 @@ class Elementwise(Op):
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         return [broadcast(node, *types)]
+
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        return aligned(split, types, made[0])
 
     def bind(self, node: Node, binder: Binder) -> bool:
         a, b = binder.rows(node.inputs[0]), binder.rows(node.inputs[1])

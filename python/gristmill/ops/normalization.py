@@ -89,6 +89,11 @@ class LayerNormalization(Op):
         if beta and tape.wants(beta):
             tape.add(beta, tape.emit("SumRows", [dy]))
 
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        return list(split) == [True] + [False] * (len(split) - 1) and len(made[0].shape) > 1
+
     def bind(self, node: Node, binder: Binder) -> bool:
         x = binder.rows(node.inputs[0])
         axis = axis_of(node, node.attributes.get("axis", -1), len(x.shape))
