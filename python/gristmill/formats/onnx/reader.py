@@ -18,7 +18,7 @@ from gristmill.formats.onnx.foreign import Foreign, Unsupported, check, named_dt
 from gristmill.formats.onnx.tensors import Folder, dtype_of, to_array
 from gristmill.formats.onnx.upgrade import NEWEST, RULES, upgrade
 from gristmill.model import Model
-from gristmill.ops import OPS, Node, TensorType
+from gristmill.ops import Node, TensorType
 
 DEPTH = 64  # of functions within functions and branches within branches
 LISTED = 5  # nodes named for each operator that is missing
