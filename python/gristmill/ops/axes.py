@@ -27,7 +27,7 @@ def value(index: int, types: Sequence[TensorType | None], constants: Sequence[Te
     Raises:
         Undetermined: it is there but not known yet.
     """
-    tensor = at(constants, index)
+    tensor = constants[index] if index < len(constants) else None
     if tensor is not None:
         return tensor.dense()
     if at(types, index) is not None:

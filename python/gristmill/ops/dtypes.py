@@ -1,4 +1,4 @@
-"""Dtypes that NumPy has no arithmetic for, or too coarse a one: bfloat16, float16, and the float8, int4 and alike of ml_dtypes."""
+"""Dtypes that NumPy has no arithmetic for, or too coarse a one: bfloat16, float16, and what ml_dtypes adds."""
 
 from typing import Any
 

@@ -54,7 +54,7 @@ class EyeLike(Op):
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         dtype = dtype_of(node.attributes["dtype"]) if "dtype" in node.attributes else inputs[0].dtype
-        return [narrow(np.eye(*inputs[0].shape, k=node.attributes.get("k", 0), dtype=np.float32), dtype)]
+        return [narrow(np.eye(inputs[0].shape[0], inputs[0].shape[1], node.attributes.get("k", 0)), dtype)]
 
 
 class Pad(Op):
@@ -80,11 +80,8 @@ class Pad(Op):
             if isinstance(dim, str):
                 shape.append(fresh_dim(node, axis) if before or after else dim)
             else:
-                need(
-                    dim + before + after >= 0,
-                    node,
-                    f"pads ({before}, {after}) leave less than nothing of dimension {axis} of {x}",
-                )
+                told = f"pads ({before}, {after}) cut more than dimension {axis} of {x} has"
+                need(dim + before + after >= 0, node, told)
                 shape.append(dim + before + after)
         return [TensorType(x.dtype, tuple(shape))]
 
@@ -103,7 +100,7 @@ class Pad(Op):
             x = np.take(x, kept, axis) if before < 0 or after < 0 else x
         grown = [(max(0, before), max(0, after)) for before, after in pads]
         if mode != "constant":
-            return [np.pad(x, grown, mode)]  # type: ignore[call-overload]
+            return [np.pad(x, grown, mode)]
         constant = at(inputs, 2)
         y = np.full([dim + sum(pad) for dim, pad in zip(x.shape, grown, strict=True)], 0, x.dtype)
         if constant is not None and constant.size:

@@ -1,4 +1,4 @@
-"""Elements picked and placed by indices: gathering, scattering, one-hot rows, and what depends on values (NonZero, Unique, ...)."""
+"""Elements picked and placed by indices: gathering, scattering, one-hot rows, and what depends on values (NonZero, Unique)."""
 
 from collections.abc import Callable, Sequence
 from math import prod

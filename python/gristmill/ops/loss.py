@@ -127,7 +127,7 @@ class NegativeLogLikelihoodLoss(Likelihood):
 class SoftmaxCrossEntropyLoss(Likelihood):
     """ONNX SoftmaxCrossEntropyLoss; a second output is the log probabilities.
 
-    The mean over float32 logits [batch, classes] and labels int64 [batch], neither weighed nor ignored, has kernels and a gradient.
+    The mean over float32 logits [batch, classes] and int64 labels, neither weighed nor ignored, has kernels and a gradient.
     """
 
     name = "SoftmaxCrossEntropyLoss"

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gristmill.ops.arithmetic import broadcast_shapes, reduce_to
+from gristmill.ops.arithmetic import broadcast_shapes
 from gristmill.ops.op import Dim, Node, Op, Tape, TensorType, need, same_dim
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
@@ -47,9 +47,9 @@ class MatMul(Op):
         ranks = len(tape.type(a).shape), len(tape.type(b).shape)
         need(min(ranks) > 1, node, "has a gradient for inputs of two dimensions or more")
         if tape.wants(a):
-            tape.add(a, fold_batch(tape, tape.emit("MatMul", [dy, transposed(tape, b)], domain=""), a))
+            tape.add(a, fold_batch(tape, tape.emit("MatMul", [dy, transposed(tape, b)], domain=""), a, node.outputs[0]))
         if tape.wants(b):
-            tape.add(b, fold_batch(tape, tape.emit("MatMul", [transposed(tape, a), dy], domain=""), b))
+            tape.add(b, fold_batch(tape, tape.emit("MatMul", [transposed(tape, a), dy], domain=""), b, node.outputs[0]))
 
 
 def transposed(tape: Tape, name: str) -> str:
@@ -58,9 +58,10 @@ def transposed(tape: Tape, name: str) -> str:
     return tape.emit("Transpose", [name], {"perm": (*range(rank - 2), rank - 1, rank - 2)}, domain="")
 
 
-def fold_batch(tape: Tape, gradient: str, like: str) -> str:
-    """Sum a gradient over the batch dimensions along which a value was broadcast."""
-    return reduce_to(tape, gradient, like, gradient)
+def fold_batch(tape: Tape, gradient: str, like: str, product: str) -> str:
+    """Sum a gradient over the batch dimensions along which a value was broadcast for a product."""
+    same = tape.type(like).shape[:-2] == tape.type(product).shape[:-2]
+    return gradient if same else tape.emit("SumToShape", [gradient, like])
 
 
 class Gemm(Op):

@@ -36,7 +36,7 @@ def _log_sum_exp(x: Array, axes: Axes) -> Array:
 def _extreme(largest: bool) -> Callable[[Array, Axes], Array]:
     def pick(x: Array, axes: Axes) -> Array:
         if x.dtype.kind == "b":
-            return (x.any if largest else x.all)(axis=axes, keepdims=True)
+            return np.asarray((x.any if largest else x.all)(axis=axes, keepdims=True))
         if is_float(x.dtype):
             lowest, highest = -np.inf, np.inf
         else:
@@ -134,7 +134,7 @@ class Arg(Op):
 
     arity = (1, 1)
     attributes = {"axis": int, "keepdims": int, "select_last_index": int}
-    pick: ClassVar[Callable[..., Array]]
+    pick: ClassVar[Callable[..., Any]]
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         shape = first(types).shape
@@ -200,12 +200,11 @@ class TopK(Op):
         x = first(types)
         axis = axis_of(node, node.attributes.get("axis", -1), len(x.shape))
         try:
-            k: Dim = integer(value(1, types, constants)) or 0
-            dim = x.shape[axis]
+            k, dim = integer(value(1, types, constants)) or 0, x.shape[axis]
             need(k >= 0 and (isinstance(dim, str) or k <= dim), node, f"cannot take {k} elements of dimension {axis} of {x}")
+            shape = with_dim(x.shape, axis, k)
         except Undetermined:
-            k = fresh_dim(node, axis)
-        shape = with_dim(x.shape, axis, k)
+            shape = with_dim(x.shape, axis, fresh_dim(node, axis))
         return [TensorType(x.dtype, shape), TensorType(INT64, shape)][: len(node.outputs)]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
