@@ -82,7 +82,11 @@ class Gemm(Op):
         need(fits, node, f"'{node.inputs[0]}' is {a} and '{node.inputs[1]}' is {b}: they do not multiply")
         if c is not None:
             padded = (1, 1, *c.shape)[-2:]
-            fits = len(c.shape) <= 2 and c.dtype == a.dtype and all(d == 1 or same_dim(d, e) for d, e in zip(padded, (m, n), strict=True))
+            fits = (
+                len(c.shape) <= 2
+                and c.dtype == a.dtype
+                and all(d == 1 or same_dim(d, e) for d, e in zip(padded, (m, n), strict=True))
+            )
             need(fits, node, f"'{node.inputs[2]}' is {c}, which does not broadcast to ({m}, {n})")
         return [TensorType(a.dtype, (m, n))]
 
