@@ -20,8 +20,10 @@ from gristmill.ops import (
     normalization,
     pooling,
     quantization,
+    recurrent,
     reduction,
     shape,
+    signal,
 )
 from gristmill.ops.op import GRAD, OWN, Node, Op, TensorType
 
@@ -41,8 +43,10 @@ _MODULES = (
     normalization,
     pooling,
     quantization,
+    recurrent,
     reduction,
     shape,
+    signal,
 )
 
 OPS: dict[tuple[str, str], Op] = {(op.domain, op.name): op() for module in _MODULES for op in module.OPERATORS}

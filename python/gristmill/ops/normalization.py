@@ -1,4 +1,4 @@
-"""LayerNormalization, RMSNormalization and Softmax, and the gradients of those over the last dimension."""
+"""LayerNormalization, Softmax and LogSoftmax, and the gradients of those over the last dimension."""
 
 from collections.abc import Sequence
 from math import prod
@@ -109,63 +109,6 @@ class LayerNormalization(Op):
         return True
 
 
-class RMSNormalization(Op):
-    """y = x / sqrt(mean(x^2) + epsilon) * scale over the dimensions from `axis` on (ONNX opset 23)."""
-
-    name = "RMSNormalization"
-    arity = (2, 2)
-    attributes = {"axis": int, "epsilon": float, "stash_type": str}
-
-    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        scale = types[1]
-        assert scale is not None
-        normalized_axes(node, first(types), TensorType(first(types).dtype, scale.shape))
-        return [TensorType(scale.dtype, first(types).shape)]
-
-    def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        x, scale = inputs
-        axes = tuple(range(axis_of(node, node.attributes.get("axis", -1), x.ndim), x.ndim))
-        wider = x.astype(np.float64)
-        mean = (wider**2).mean(axis=axes, keepdims=True)
-        y = wider / np.sqrt(mean + node.attributes.get("epsilon", EPSILON))
-        return [narrow(y * wide(scale), scale.dtype)]
-
-
-class LayerNormalizationGrad(Op):
-    """The gradients of LayerNormalization in x and, as a second output, in its scale."""
-
-    name = "LayerNormalizationGrad"
-    domain = GRAD
-    arity = (3, 3)
-    attributes = {"epsilon": float}
-
-    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        dy, x, gamma = types
-        assert x is not None
-        assert gamma is not None
-        fits = len(x.shape) >= 1 and same_type(dy, x) and gamma == TensorType(x.dtype, x.shape[-1:])
-        need(fits, node, f"dy is {dy} and x is {x} but scale is {gamma}")
-        return [x, gamma][: len(node.outputs)]
-
-    def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        dy, x, gamma = inputs
-        y, inverse = centred(x, node.attributes.get("epsilon", EPSILON))
-        g = dy * gamma
-        dx = inverse * (g - g.mean(axis=-1, keepdims=True) - y * (g * y).mean(axis=-1, keepdims=True))
-        dgamma = (dy * y).reshape(as_rows(x.shape)).sum(axis=0)
-        return [dx.astype(x.dtype), dgamma.astype(x.dtype)][: len(node.outputs)]
-
-    def bind(self, node: Node, binder: Binder) -> bool:
-        dy, x, dx = binder.rows(node.inputs[0]), binder.rows(node.inputs[1]), binder.output(node.outputs[0])
-        dgamma = binder.output(node.outputs[1]) if len(node.outputs) > 1 else None
-        shape = as_rows(x.shape)
-        gamma, epsilon = binder.array(node.inputs[2]), node.attributes.get("epsilon", EPSILON)
-        binder.step(
-            _core.layer_norm_grad, dy.reshape(*shape), x.reshape(*shape), gamma, epsilon, dx.reshape(*shape), dgamma, None
-        )
-        return True
-
-
 def softmax(x: Array, axis: int = -1) -> Array:
     """The softmax along a dimension, in float64."""
     wider = x.astype(np.float64)
@@ -252,4 +195,4 @@ class SoftmaxGrad(Op):
         return True
 
 
-OPERATORS = (LayerNormalization, LayerNormalizationGrad, RMSNormalization, Softmax, SoftmaxGrad, LogSoftmax)
+OPERATORS = (LayerNormalization, LayerNormalizationGrad, Softmax, SoftmaxGrad, LogSoftmax)
