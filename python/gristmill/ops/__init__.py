@@ -7,11 +7,14 @@ from gristmill.errors import ModelError
 from gristmill.ops import (
     activation,
     arithmetic,
+    attention,
     batch,
     cast,
     convolution,
     elementwise,
+    embedding,
     fill,
+    gather,
     image,
     indexing,
     linear,
@@ -24,17 +27,21 @@ from gristmill.ops import (
     reduction,
     shape,
     signal,
+    token_pooling,
 )
 from gristmill.ops.op import GRAD, OWN, Node, Op, TensorType
 
 _MODULES = (
     activation,
     arithmetic,
+    attention,
     batch,
     cast,
     convolution,
     elementwise,
+    embedding,
     fill,
+    gather,
     image,
     indexing,
     linear,
@@ -47,6 +54,7 @@ _MODULES = (
     reduction,
     shape,
     signal,
+    token_pooling,
 )
 
 OPS: dict[tuple[str, str], Op] = {(op.domain, op.name): op() for module in _MODULES for op in module.OPERATORS}
