@@ -92,7 +92,9 @@ class LayerNormalization(Op):
     def separable(
         self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
     ) -> bool:
-        return list(split) == [True] + [False] * (len(split) - 1) and len(made[0].shape) > 1
+        rank = len(made[0].shape)
+        alone = list(split) == [True] + [False] * (len(split) - 1)
+        return alone and rank > 1 and axis_of(node, node.attributes.get("axis", -1), rank) > 0
 
     def bind(self, node: Node, binder: Binder) -> bool:
         x = binder.rows(node.inputs[0])
@@ -106,6 +108,41 @@ class LayerNormalization(Op):
         out = binder.output(node.outputs[0]).reshape(rows, columns)
         epsilon = node.attributes.get("epsilon", EPSILON)
         binder.step(_core.layer_norm, x.reshape(rows, columns), gamma, beta, epsilon, out)
+        return True
+
+
+class LayerNormalizationGrad(Op):
+    """The gradients of LayerNormalization in x and, as a second output, in its scale."""
+
+    name = "LayerNormalizationGrad"
+    domain = GRAD
+    arity = (3, 3)
+    attributes = {"epsilon": float}
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        dy, x, gamma = types
+        assert x is not None
+        assert gamma is not None
+        fits = len(x.shape) >= 1 and same_type(dy, x) and gamma == TensorType(x.dtype, x.shape[-1:])
+        need(fits, node, f"dy is {dy} and x is {x} but scale is {gamma}")
+        return [x, gamma][: len(node.outputs)]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        dy, x, gamma = inputs
+        y, inverse = centred(x, node.attributes.get("epsilon", EPSILON))
+        g = dy * gamma
+        dx = inverse * (g - g.mean(axis=-1, keepdims=True) - y * (g * y).mean(axis=-1, keepdims=True))
+        dgamma = (dy * y).reshape(as_rows(x.shape)).sum(axis=0)
+        return [dx.astype(x.dtype), dgamma.astype(x.dtype)][: len(node.outputs)]
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        dy, x, dx = binder.rows(node.inputs[0]), binder.rows(node.inputs[1]), binder.output(node.outputs[0])
+        dgamma = binder.output(node.outputs[1]) if len(node.outputs) > 1 else None
+        shape = as_rows(x.shape)
+        gamma, epsilon = binder.array(node.inputs[2]), node.attributes.get("epsilon", EPSILON)
+        binder.step(
+            _core.layer_norm_grad, dy.reshape(*shape), x.reshape(*shape), gamma, epsilon, dx.reshape(*shape), dgamma, None
+        )
         return True
 
 
