@@ -147,8 +147,8 @@ class LayerNormalizationGrad(Op):
 
 
 def softmax(x: Array, axis: int = -1) -> Array:
-    """The softmax along a dimension, in float64."""
-    wider = x.astype(np.float64)
+    """The softmax along a dimension, in float64; in float16 every step rounds, as in the standard's definition."""
+    wider = x if x.dtype == np.float16 else x.astype(np.float64)
     with np.errstate(invalid="ignore"):
         e = np.exp(wider - wider.max(axis=axis, keepdims=True, initial=-np.inf))
         return e / e.sum(axis=axis, keepdims=True)
