@@ -9,11 +9,14 @@ from gristmill.errors import ModelError
 from gristmill.ops import (
     activation,
     arithmetic,
+    attention,
     batch,
     cast,
     convolution,
     elementwise,
+    embedding,
     fill,
+    gather,
     image,
     indexing,
     linear,
@@ -26,6 +29,7 @@ from gristmill.ops import (
     reduction,
     shape,
     signal,
+    token_pooling,
 )
 from gristmill.ops.op import GRAD, OWN, Node, Op, TensorType, need, refusal
 from gristmill.tensor import Tensor
@@ -33,11 +37,14 @@ from gristmill.tensor import Tensor
 _MODULES = (
     activation,
     arithmetic,
+    attention,
     batch,
     cast,
     convolution,
     elementwise,
+    embedding,
     fill,
+    gather,
     image,
     indexing,
     linear,
@@ -50,6 +57,7 @@ _MODULES = (
     reduction,
     shape,
     signal,
+    token_pooling,
 )
 
 OPS: dict[tuple[str, str], Op] = {(op.domain, op.name): op() for module in _MODULES for op in module.OPERATORS}
