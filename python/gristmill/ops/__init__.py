@@ -11,6 +11,8 @@ from gristmill.ops import (
     arithmetic,
     attention,
     batch,
+    binary,
+    boxes,
     cast,
     convolution,
     elementwise,
@@ -30,6 +32,7 @@ from gristmill.ops import (
     reduction,
     shape,
     signal,
+    slicing,
     token_pooling,
 )
 from gristmill.ops.op import GRAD, OWN, Node, Op, TensorType, need, refusal
@@ -40,6 +43,8 @@ _MODULES = (
     arithmetic,
     attention,
     batch,
+    binary,
+    boxes,
     cast,
     convolution,
     elementwise,
@@ -59,6 +64,7 @@ _MODULES = (
     reduction,
     shape,
     signal,
+    slicing,
     token_pooling,
 )
 

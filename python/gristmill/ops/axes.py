@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from gristmill.ops.op import Dim, Node, TensorType, Undetermined, need
+from gristmill.ops.op import Dim, Node, TensorType, Undetermined, fresh_dim, need
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
 
@@ -80,3 +80,10 @@ def with_dim(shape: tuple[Dim, ...], axis: int, dim: Dim) -> tuple[Dim, ...]:
 
 def attribute(node: Node, key: str, default: Any) -> Any:
     return node.attributes.get(key, default)
+
+
+def fresh_shape(node: Node, vector: TensorType) -> tuple[Dim, ...]:
+    """Symbols for a shape that is a value of the graph, as many as that has elements."""
+    if len(vector.shape) != 1 or isinstance(vector.shape[0], str):
+        raise Undetermined
+    return tuple(fresh_dim(node, axis) for axis in range(vector.shape[0]))

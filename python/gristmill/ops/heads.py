@@ -43,8 +43,8 @@ def per_head(node: Node, x: TensorType, heads: int, name: str) -> tuple[Dim, Dim
 class Attention(Op):
     """softmax(softcap(Q K' scale) + mask) V for each head; several heads of Q may share one of K and V.
 
-    Inputs Q, K, V, each [batch, heads, length, size] or [batch, length, heads * size], and, optional, a mask (truth values or what
-    is added), the keys and values of earlier steps, and how many keys of each batch entry count. Outputs Y, the keys and values
+    Inputs Q, K, V, each [batch, heads, length, size] or [batch, length, heads * size], and, optional, a mask (truth values or
+    what is added), the keys and values of earlier steps, and how many keys of each batch entry count. Outputs Y, keys and values
     with those before, and the scores at the stage that `qk_matmul_output_mode` names. A query that may see no key gives zeros.
     """
 
@@ -204,7 +204,7 @@ class LinearAttention(Op):
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         heads, shared = node.attributes["q_num_heads"], node.attributes["kv_num_heads"]
-        past, decay, beta = (at(inputs, index) for index in (3, 4, 5))
+        past, decay, beta = (*inputs[3:], None, None, None)[:3]
         q, k, v = split(wide(inputs[0]), heads), *(split(wide(x), shared) for x in inputs[1:3])
         batch, _, length, size = k.shape
         rule = node.attributes.get("update_rule", "gated_delta")
