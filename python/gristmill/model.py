@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from gristmill.errors import ModelError
-from gristmill.ops import Node, TensorType, find
+from gristmill.ops import Node, TensorType, find, types_made
 from gristmill.ops.op import UNKNOWN, Undetermined, need
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
@@ -83,7 +83,7 @@ class Model:
     @property
     def weights(self) -> tuple[str, ...]:
         """The names of the matrices that Linear nodes multiply by: what compression works on, in graph order."""
-        names = (node.inputs[1] for node in self.nodes if node.op == "Linear")
+        names = (node.inputs[1] for node in self.nodes if node.op == "Linear" and node.inputs[1] in self.tensors)
         return tuple(dict.fromkeys(names))
 
     def run(self, **inputs: Array) -> dict[str, Array]:
@@ -129,11 +129,9 @@ def infer(node: Node, types: Mapping[str, TensorType], tensors: Mapping[str, Ten
     if any(kind is not None and not kind.known for kind in given_types):
         return [UNKNOWN] * len(node.outputs)
     try:
-        inferred = op.infer(node, given_types, [tensors.get(name) for name in node.inputs])
+        return types_made(node, given_types, [tensors.get(name) for name in node.inputs])
     except Undetermined:
         return [UNKNOWN] * len(node.outputs)
-    need(len(inferred) == len(node.outputs), node, f"makes {len(inferred)} outputs, {len(node.outputs)} are named")
-    return inferred
 
 
 def check_model(value: Any) -> Model:

@@ -36,7 +36,28 @@ def value(index: int, types: Sequence[TensorType | None], constants: Sequence[Te
 
 
 def ints(array: Array | None) -> list[int] | None:
-    return None if array is None else [int(item) for item in array.reshape(-1)]
+    """The items of a vector of shapes, axes or the like.
+
+    Raises:
+        TypeError: it is not of integers.
+    """
+    if array is None:
+        return None
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"a vector of integers is needed, got {array.dtype}")
+    return [int(item) for item in array.reshape(-1)]
+
+
+def integer(array: Array | None) -> int | None:
+    """The one integer of a scalar.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    items = ints(array)
+    if items is not None and len(items) != 1:
+        raise TypeError(f"one integer is needed, got {len(items)}")
+    return None if items is None else items[0]
 
 
 def axis_of(node: Node, axis: int, rank: int, extra: int = 0) -> int:

@@ -80,7 +80,11 @@ class Pad(Op):
             if isinstance(dim, str):
                 shape.append(fresh_dim(node, axis) if before or after else dim)
             else:
-                need(dim + before + after >= 0, node, f"pads ({before}, {after}) leave less than nothing of dimension {axis} of {x}")
+                need(
+                    dim + before + after >= 0,
+                    node,
+                    f"pads ({before}, {after}) leave less than nothing of dimension {axis} of {x}",
+                )
                 shape.append(dim + before + after)
         return [TensorType(x.dtype, tuple(shape))]
 

@@ -52,8 +52,6 @@ class LossGrad(Op):
         return [types[1]]
 
 
-
-
 def one_hot(labels: Array, classes: int) -> Array:
     """A row of NaN stands for a label outside [0, classes), as in the kernel."""
     rows = (labels[:, None] == np.arange(classes)).astype(np.float64)
@@ -82,7 +80,11 @@ class Likelihood(Op):
         fits = len(scores.shape) >= 2 and len(labels.shape) == len(scores.shape) - 1 and is_float(scores.dtype)
         fits = fits and all(map(same_dim, labels.shape, (scores.shape[0], *scores.shape[2:])))
         wanted = f"[{', '.join(map(str, (*scores.shape[:1], *scores.shape[2:])))}]"
-        need(fits and labels.dtype in (np.int32, np.int64), node, f"scores are {scores}, labels must be int64 {wanted}, got {labels}")
+        need(
+            fits and labels.dtype in (np.int32, np.int64),
+            node,
+            f"scores are {scores}, labels must be int64 {wanted}, got {labels}",
+        )
         fits = weight is None or same_type(weight, TensorType(scores.dtype, scores.shape[1:2]))
         need(fits, node, f"scores are {scores} but the weights of the classes {weight}")
         reduction = node.attributes.get("reduction", "mean")
@@ -114,6 +116,9 @@ class NegativeLogLikelihoodLoss(Likelihood):
 
     name = "NegativeLogLikelihoodLoss"
     arity = (2, 3)
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        return super().infer(node, types, constants)[:1]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         return [self._loss(node, wide(inputs[0]).astype(np.float64), inputs)]

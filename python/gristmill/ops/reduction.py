@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from gristmill.ops.axes import at, axes_of, axis_of, first, ints, value, with_dim
+from gristmill.ops.axes import at, axes_of, axis_of, first, integer, ints, value, with_dim
 from gristmill.ops.dtypes import INT64, is_float, narrow, wide
 from gristmill.ops.op import GRAD, Dim, Node, Op, Tape, TensorType, Undetermined, fresh_dim, need
 from gristmill.tensor import Tensor
@@ -172,7 +172,7 @@ class Cumulative(Op):
         return [first(types)]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        x, axis = wide(inputs[0]), axis_of(node, int(inputs[1].reshape(())), inputs[0].ndim)
+        x, axis = wide(inputs[0]), axis_of(node, integer(inputs[1]) or 0, inputs[0].ndim)
         x = np.flip(x, axis) if node.attributes.get("reverse", 0) else x
         y = type(self).function(x, axis=axis, dtype=np.float64 if is_float(x.dtype) else x.dtype)
         if node.attributes.get("exclusive", 0):
@@ -200,7 +200,7 @@ class TopK(Op):
         x = first(types)
         axis = axis_of(node, node.attributes.get("axis", -1), len(x.shape))
         try:
-            k: Dim = int((value(1, types, constants)).reshape(()))  # type: ignore[union-attr]
+            k: Dim = integer(value(1, types, constants)) or 0
             dim = x.shape[axis]
             need(k >= 0 and (isinstance(dim, str) or k <= dim), node, f"cannot take {k} elements of dimension {axis} of {x}")
         except Undetermined:
@@ -209,7 +209,7 @@ class TopK(Op):
         return [TensorType(x.dtype, shape), TensorType(INT64, shape)][: len(node.outputs)]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        x, axis, k = inputs[0], node.attributes.get("axis", -1), int(inputs[1].reshape(()))
+        x, axis, k = inputs[0], node.attributes.get("axis", -1), integer(inputs[1]) or 0
         need(0 <= k <= x.shape[axis], node, f"cannot take {k} elements of dimension {axis} of {x.shape}")
         order = ranking(wide(x), axis, bool(node.attributes.get("largest", 1)))
         index = np.take(order, np.arange(k), axis=axis)

@@ -8,7 +8,7 @@ import numpy as np
 
 from gristmill import _core
 from gristmill.ops.arithmetic import broadcast_shapes
-from gristmill.ops.axes import at, axes_of, axis_of, first, ints, value, with_dim
+from gristmill.ops.axes import at, axes_of, axis_of, first, integer, ints, value, with_dim
 from gristmill.ops.dtypes import INT64
 from gristmill.ops.op import GRAD, Binder, Dim, Node, Op, Tape, TensorType, Undetermined, fresh_dim, need, same_dim
 from gristmill.tensor import Tensor
@@ -77,6 +77,8 @@ class ReshapeLike(View):
         dy, like = types
         assert dy is not None
         assert like is not None
+        fixed = all(isinstance(dim, int) for dim in (*dy.shape, *like.shape))
+        need(not fixed or prod(dy.extents) == prod(like.extents), node, f"dy is {dy}, which cannot be reshaped to {like}")
         return [TensorType(dy.dtype, like.shape)]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
@@ -122,9 +124,9 @@ class Reshape(View):
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         x, kind = first(types), types[1]
         assert kind is not None
-        need(len(kind.shape) == 1, node, f"the shape must be a vector, got {kind}")
+        need(len(kind.shape) == 1 and kind.dtype == INT64, node, f"the shape must be an int64 vector, got {kind}")
         try:
-            target = ints(value(1, types, constants)) or []
+            target = [] if kind.shape == (0,) else ints(value(1, types, constants)) or []
         except Undetermined:
             return [TensorType(x.dtype, fresh_shape(node, kind))]
         return [TensorType(x.dtype, reshaped(node, x.shape, target))]
@@ -263,7 +265,6 @@ class Concat(Op):
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         x = first(types)
-        need("axis" in node.attributes, node, "attribute axis is missing")
         axis = axis_of(node, node.attributes["axis"], len(x.shape))
         shape = list(x.shape)
         for name, kind in zip(node.inputs[1:], types[1:], strict=True):
@@ -297,6 +298,7 @@ class ConcatGrad(Op):
     attributes = {"axis": int}
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        need("axis" in node.attributes, node, "attribute axis is missing")
         return [kind for kind in types[1:] if kind is not None]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
@@ -351,7 +353,7 @@ def slices(node: Node, shape: Sequence[Dim], starts: list[int], ends: list[int],
         dim = shape[axis]
         assert isinstance(dim, int)
         low, high = (0, dim) if step > 0 else (-1, dim - 1)
-        start = min(max(start + dim if start < 0 else start, 0 if step > 0 else -1), high)
+        start = min(max(start + dim if start < 0 else start, 0), high)
         end = min(max(end + dim if end < 0 else end, low), high)
         cuts[axis] = slice(start, None if end < 0 else end, step) if not (start < 0) else slice(0, 0)
     return tuple(cuts)
@@ -436,6 +438,7 @@ class Expand(Op):
             shape: tuple[Dim, ...] = tuple(ints(value(1, types, constants)) or ())
         except Undetermined:
             shape = fresh_shape(node, kind)
+        need(all(isinstance(dim, str) or dim >= 0 for dim in shape), node, f"the shape {list(shape)} has a negative extent")
         return [TensorType(x.dtype, broadcast_shapes(node, x.shape, shape, f"x is {x}, the shape {list(shape)}"))]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
@@ -484,7 +487,7 @@ class Trilu(Op):
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         k = at(inputs, 1)
-        k = 0 if k is None else int(k.reshape(()))
+        k = integer(k) or 0
         rows, columns = inputs[0].shape[-2:]
         distance = np.arange(columns) - np.arange(rows)[:, None]
         kept = distance >= k if node.attributes.get("upper", 1) else distance <= k

@@ -5,15 +5,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from gristmill.ops.axes import at, axis_of, first, value, with_dim
+from gristmill.ops.axes import at, axis_of, first, integer, value, with_dim
 from gristmill.ops.dtypes import dtype_of, narrow, wide
 from gristmill.ops.op import Dim, Node, Op, TensorType, Undetermined, fresh_dim, need
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
-
-
-def scalar(array: Any) -> int | None:
-    return None if array is None else int(array.reshape(-1)[0])
 
 
 def _complex(x: Array) -> Array:
@@ -46,7 +42,7 @@ class DFT(Op):
         axis = self._axis(node, rank, value(2, types, constants))
         length: Dim
         try:
-            given = scalar(value(1, types, constants))
+            given = integer(value(1, types, constants))
             length = self._extent(x.shape[axis], onesided and inverse) if given is None else given
         except Undetermined:
             length = fresh_dim(node, axis)
@@ -57,7 +53,7 @@ class DFT(Op):
         return [TensorType(x.dtype, (*with_dim(x.shape, axis, length)[:-1], parts))]
 
     def _axis(self, node: Node, rank: int, axis: Any) -> int:
-        found = axis_of(node, -2 if axis is None else int(axis.reshape(-1)[0]), rank)
+        found = axis_of(node, -2 if axis is None else integer(axis) or 0, rank)
         need(found != rank - 1, node, "the last dimension holds the parts of numbers")
         return found
 
@@ -67,7 +63,7 @@ class DFT(Op):
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         x, dtype = _complex(inputs[0]), inputs[0].dtype
         axis = self._axis(node, inputs[0].ndim, at(inputs, 2))
-        length = scalar(at(inputs, 1))
+        length = integer(at(inputs, 1))
         onesided, inverse = node.attributes.get("onesided", 0), node.attributes.get("inverse", 0)
         if inverse and onesided:
             return [narrow(np.fft.irfft(x, length, axis)[..., None], dtype)]
@@ -92,7 +88,7 @@ class STFT(Op):
         frames: Dim = fresh_dim(node, 1)
         bins: Dim = fresh_dim(node, 2)
         try:
-            step, length = scalar(value(1, types, constants)), scalar(value(3, types, constants))
+            step, length = integer(value(1, types, constants)), integer(value(3, types, constants))
             size = length if length is not None else window.shape[0] if window is not None else x.shape[1]
             if isinstance(size, int):
                 bins = size // 2 + 1 if node.attributes.get("onesided", 1) else size
@@ -104,8 +100,8 @@ class STFT(Op):
         return [TensorType(x.dtype, (x.shape[0], frames, bins, 2))]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        x, step, window = _complex(inputs[0]), int(inputs[1].reshape(-1)[0]), at(inputs, 2)
-        length = scalar(at(inputs, 3))
+        x, step, window = _complex(inputs[0]), integer(inputs[1]), at(inputs, 2)
+        length = integer(at(inputs, 3))
         size = length if length is not None else x.shape[1] if window is None else window.shape[0]
         frames = np.lib.stride_tricks.sliding_window_view(x, size, axis=1)[:, ::step]
         y = np.fft.fft(frames if window is None else frames * wide(window), axis=-1)
@@ -122,14 +118,13 @@ class Window(Op):
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         length: Dim
         try:
-            length = int(value(0, types, constants).reshape(-1)[0])  # type: ignore[union-attr]
-            need(length >= 0, node, f"the size is {length}")
+            length = integer(value(0, types, constants)) or 0
         except Undetermined:
             length = fresh_dim(node, 0)
         return [TensorType(dtype_of(node.attributes.get("output_datatype", "float32")), (length,))]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        size = int(inputs[0].reshape(-1)[0])
+        size = integer(inputs[0]) or 0
         period = size if node.attributes.get("periodic", 1) else max(size - 1, 1)
         angle = 2 * np.pi * np.arange(size) / max(period, 1)
         window = sum((-1) ** order * term * np.cos(order * angle) for order, term in enumerate(self.terms))
@@ -149,7 +144,7 @@ class MelWeightMatrix(Op):
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         shape: tuple[Dim, ...]
         try:
-            bins, length = (int(value(i, types, constants).reshape(-1)[0]) for i in (0, 1))  # type: ignore[union-attr]
+            bins, length = (integer(value(index, types, constants)) or 0 for index in (0, 1))
             need(bins > 0 and length >= 0, node, f"{bins} bins of a transform of {length}")
             shape = (length // 2 + 1, bins)
         except Undetermined:
@@ -157,7 +152,7 @@ class MelWeightMatrix(Op):
         return [TensorType(dtype_of(node.attributes.get("output_datatype", "float32")), shape)]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        bins, length, rate = (int(item.reshape(-1)[0]) for item in inputs[:3])
+        bins, length, rate = (integer(item) or 0 for item in inputs[:3])
         low, high = (2595 * np.log10(1 + float(item.reshape(-1)[0]) / 700) for item in inputs[3:])
         mel = low + np.arange(bins + 2) * (high - low) / (bins + 2)
         edges = ((length + 1) * (700 * (10 ** (mel / 2595) - 1)) // rate).astype(np.int64)

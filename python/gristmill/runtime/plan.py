@@ -8,6 +8,7 @@ binds the steps to addresses. Steps between two Python references form one C seg
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -177,6 +178,8 @@ class Layout:
 
         Where the value is bound to memory of its own it gets a copy; False if it cannot get one here.
         """
+        if prod(buffer.shape) != prod(self._shape(name)):
+            raise ValueError(f"{buffer.shape} cannot be seen as {self._shape(name)}")
         if name not in self.bound:
             self.forms[name] = {"rows": buffer.reshape(*self._shape(name))}
         elif buffer.dtype == np.float32:
@@ -355,7 +358,7 @@ def _reference(node: Node, args: list[Any], outputs: list[Array]) -> Callable[[]
         values = [arg() if callable(arg) else arg for arg in args]
         try:
             made = op.reference(node, *values)
-        except (TypeError, ValueError, IndexError, ArithmeticError) as error:
+        except (TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise refusal(node, error) from error
         for out, value in zip(outputs, made, strict=True):
             if np.shape(value) != out.shape:
