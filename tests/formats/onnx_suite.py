@@ -13,6 +13,7 @@ from onnx.backend.test import BackendTest
 
 from gristmill.errors import FormatError
 from gristmill.formats.onnx import from_proto
+from gristmill.formats.onnx.writer import to_proto_model
 from gristmill.runtime.session import Session
 
 PREFIX = "not supported: "
@@ -21,9 +22,11 @@ PREFIX = "not supported: "
 class Prepared(BackendRep):
     """A model that takes inputs by position, as the suite gives them."""
 
-    def __init__(self, proto, reference):
+    def __init__(self, proto, again):
         self.model = from_proto(proto)
-        self.session = Session(self.model, threads=2, reference=reference)
+        if again:
+            self.model = from_proto(to_proto_model(self.model))
+        self.session = Session(self.model, threads=2)
         given = {tensor.name for tensor in proto.graph.initializer}
         self.names = [value.name for value in proto.graph.input if value.name not in given]
 
@@ -34,22 +37,26 @@ class Prepared(BackendRep):
 
 
 class Gristmill(Backend):
-    reference = False
+    again = False  # write the model and read that back before it runs
 
     @classmethod
     def prepare(cls, model, device="CPU", **kwargs):
-        return Prepared(model, cls.reference)
+        return Prepared(model, cls.again)
 
     @classmethod
     def supports_device(cls, device):
         return device == "CPU"
 
 
-def run_suite(pattern="", categories=None):
+class Again(Gristmill):
+    again = True
+
+
+def run_suite(pattern="", categories=None, backend=Gristmill):
     """Return {category: {test: None or the exception}} of every test whose name matches."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        items = BackendTest(Gristmill, __name__)._test_items
+        items = BackendTest(backend, __name__)._test_items
         results = {}
         for category, tests in items.items():
             if categories and category not in categories:
@@ -93,4 +100,4 @@ def table(results):
     return counts, missing
 
 
-__all__ = ["Gristmill", "lacking", "onnx", "run_suite", "table", "verdict"]
+__all__ = ["Again", "Gristmill", "lacking", "onnx", "run_suite", "table", "verdict"]

@@ -11,7 +11,7 @@ from gristmill.model import Model, check_model
 __all__ = ["check_target", "load", "save"]
 
 LOADERS = {".safetensors": native.load, ".onnx": onnx.load}
-SAVERS = {".safetensors": native.save}
+SAVERS = {".safetensors": native.save, ".onnx": onnx.save}
 
 
 def load(path: str | os.PathLike[str]) -> Model:
