@@ -4,11 +4,11 @@ Integer products run on float BLAS where every sum is exact: NumPy's own integer
 """
 
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 
+from gristmill.ops.dtypes import dtype_of
 from gristmill.ops.op import Dim, Node, Op, TensorType, need, same_dim
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
@@ -21,11 +21,6 @@ FLOATS = {  # the largest finite value
     "float8_e4m3fn": 448.0, "float8_e4m3fnuz": 240.0, "float8_e5m2": 57344.0, "float8_e5m2fnuz": 57344.0,
     "float4_e2m1fn": 6.0, "float6_e2m3fn": 7.5, "float6_e3m2fn": 28.0,
 }  # fmt: skip
-
-
-def dtype_named(name: str) -> np.dtype[Any]:
-    """Return a dtype by its name: NumPy's own, or one of the package ml_dtypes."""
-    return np.dtype(name) if hasattr(np, name) else np.dtype(getattr(import_module("ml_dtypes"), name))
 
 
 def exact_float(a: np.dtype[Any], b: np.dtype[Any], depth: int) -> Any:
@@ -90,15 +85,15 @@ class QuantizeLinear(Op):
         assert x is not None
         assert scale is not None
         said = node.attributes.get("output_dtype")
-        dtype = zero.dtype if zero is not None else dtype_named(said or "uint8")
+        dtype = zero.dtype if zero is not None else dtype_of(said or "uint8")
         need(not said or dtype.name == said, node, f"output_dtype {said} but the zero point is {zero}")
         need(dtype.name in INTEGERS or dtype.name in FLOATS, node, f"cannot quantise to {dtype}")
         return [TensorType(dtype, x.shape)]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         x, scale, zero = (*inputs, None)[:3]
-        dtype = zero.dtype if zero is not None else dtype_named(node.attributes.get("output_dtype") or "uint8")
-        precision = dtype_named(node.attributes.get("precision") or scale.dtype.name)
+        dtype = zero.dtype if zero is not None else dtype_of(node.attributes.get("output_dtype") or "uint8")
+        precision = dtype_of(node.attributes.get("precision") or scale.dtype.name)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             ratio = x.astype(precision) / spread(scale, node, x.shape).astype(precision)
         if dtype.name in INTEGERS:
@@ -126,11 +121,11 @@ class DequantizeLinear(Op):
         assert x is not None
         assert scale is not None
         need(zero is None or zero.dtype == x.dtype, node, f"x is {x} but the zero point is {zero}")
-        return [TensorType(dtype_named(node.attributes.get("output_dtype") or scale.dtype.name), x.shape)]
+        return [TensorType(dtype_of(node.attributes.get("output_dtype") or scale.dtype.name), x.shape)]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         x, scale, zero = (*inputs, None)[:3]
-        dtype = dtype_named(node.attributes.get("output_dtype") or scale.dtype.name)
+        dtype = dtype_of(node.attributes.get("output_dtype") or scale.dtype.name)
         wide = np.float32 if x.dtype.itemsize < 4 else np.float64  # which holds every difference
         y = x.astype(wide)
         if zero is not None and np.any(zero.astype(wide)):

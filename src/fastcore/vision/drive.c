@@ -290,7 +290,7 @@ static void average_row(const fc_pool_args *p, int64_t row, const float *columns
     }
 }
 
-void fc_pool(const void *args, int rank, int size) {
+void fc_pool_windows(const void *args, int rank, int size) {
     const fc_pool_args *p = args;
     const fc_window *w = &p->window;
     const int64_t bands = pieces(w->out_height, band_rows(w)), taps = taps_of(w);

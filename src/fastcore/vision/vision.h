@@ -103,7 +103,7 @@ typedef struct fc_pool_args {
     void *scratch;
     int64_t scratch_bytes;
 } fc_pool_args;
-void fc_pool(const void *args, int rank, int size);
+void fc_pool_windows(const void *args, int rank, int size);
 
 /* out[p] = the mean of x[p][0 .. n). */
 typedef struct fc_planes_args {

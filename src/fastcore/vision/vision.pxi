@@ -40,7 +40,7 @@ cdef extern from "vision/vision.h" nogil:
     void fc_convolution(const void *args, int rank, int size) noexcept
     void fc_depthwise(const void *args, int rank, int size) noexcept
     void fc_pack_convolution(const void *args, int rank, int size) noexcept
-    void fc_pool(const void *args, int rank, int size) noexcept
+    void fc_pool_windows(const void *args, int rank, int size) noexcept
     void fc_plane_means(const void *args, int rank, int size) noexcept
     void fc_scale_channels(const void *args, int rank, int size) noexcept
 
@@ -199,7 +199,7 @@ def pool(
     args.scratch = pointer(scratch, "scratch", "B", (None,), True)
     args.scratch_bytes = scratch_of(scratch, fc_staging_scratch(&args.window))
     refuse_overlap(out, x, "out and x")
-    program.add(fc_pool, &args, sizeof(args), (x, out, scratch))
+    program.add(fc_pool_windows, &args, sizeof(args), (x, out, scratch))
 
 
 def plane_means(Program program not None, x, out):
