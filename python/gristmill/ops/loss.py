@@ -9,7 +9,7 @@ from gristmill import _core
 from gristmill.ops.axes import at, first
 from gristmill.ops.dtypes import is_float, narrow, wide
 from gristmill.ops.normalization import log_softmax, softmax
-from gristmill.ops.op import GRAD, OWN, Binder, Node, Op, Tape, TensorType, need, same_dim, same_type
+from gristmill.ops.op import GRAD, OWN, Binder, Node, Op, Tape, TensorType, as_rows, need, same_dim, same_type
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
 
