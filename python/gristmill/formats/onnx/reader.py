@@ -59,7 +59,7 @@ def parse(data: bytes) -> Any:
     """
     try:
         import ml_dtypes  # noqa: F401
-        from google.protobuf.message import DecodeError
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
         from onnx import ModelProto
     except ModuleNotFoundError as error:
         raise MissingExtraError(str(error.name), "onnx") from error
@@ -392,7 +392,7 @@ def _node_proto(node: Foreign) -> bytes:
 
     inputs = [f"x{index}" if name else "" for index, name in enumerate(node.inputs)]
     outputs = [f"y{index}" if name else "" for index, name in enumerate(node.outputs)]
-    plain = {key: value for key, value in node.attributes.items() if isinstance(value, (int, float, str, tuple))}
+    plain: dict[str, Any] = {key: value for key, value in node.attributes.items() if isinstance(value, (int, float, str, tuple))}
     if plain.keys() != node.attributes.keys():
         raise Unsupported("a tensor attribute")
     return bytes(helper.make_node(node.op, inputs, outputs, domain=node.domain, **plain).SerializeToString())
