@@ -140,7 +140,16 @@ class Shaped(Op):
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         assert types[0] is not None
+        self.check(node, types[0])
         return [types[0]]
+
+    def check(self, node: Node, x: TensorType) -> None:
+        """Refuse attributes that do not fit the input."""
+
+
+def check_axes(node: Node, axes: Sequence[int], x: TensorType) -> None:
+    rank = len(x.shape)
+    need(all(-rank <= axis < rank for axis in axes) and len({a % rank for a in axes}) == len(axes), node, f"axes {axes} of {x}")
 
 
 class LRN(Shaped):
@@ -148,6 +157,10 @@ class LRN(Shaped):
 
     name = "LRN"
     attributes = {"alpha": float, "beta": float, "bias": float, "size": int}
+
+    def check(self, node: Node, x: TensorType) -> None:
+        check_channels(node, x, ())
+        need(node.attributes.get("size", 0) >= 1, node, f"a positive size is needed, got {node.attributes.get('size')}")
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         x, size = inputs[0], node.attributes["size"]
@@ -167,9 +180,12 @@ class LpNormalization(Shaped):
     name = "LpNormalization"
     attributes = {"axis": int, "p": int}
 
+    def check(self, node: Node, x: TensorType) -> None:
+        check_axes(node, [node.attributes.get("axis", -1)], x)
+        need(node.attributes.get("p", 2) in (1, 2), node, f"p must be 1 or 2, got {node.attributes.get('p')}")
+
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         x, p = inputs[0], node.attributes.get("p", 2)
-        need(p in (1, 2), node, f"p must be 1 or 2, got {p}")
         wide = x.astype(np.float64)
         norm = np.linalg.norm(wide, p, node.attributes.get("axis", -1), keepdims=True)
         return [(wide / np.where(norm == 0, 1, norm)).astype(x.dtype)]
@@ -180,6 +196,9 @@ class MeanVarianceNormalization(Shaped):
 
     name = "MeanVarianceNormalization"
     attributes = {"axes": tuple}
+
+    def check(self, node: Node, x: TensorType) -> None:
+        check_axes(node, node.attributes.get("axes", (0, 2, 3)), x)
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         x, axes = inputs[0], tuple(node.attributes.get("axes", (0, 2, 3)))
