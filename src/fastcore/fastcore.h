@@ -19,6 +19,7 @@
 #include "quant/quant.h"
 #include "sparse/sparse.h"
 #include "status.h"
+#include "text/text.h"
 #include "vision/vision.h"
 
 /* ---- dispatch: one table, one place ---- */
@@ -30,6 +31,7 @@
     FC_NN_SLOTS(SLOT)                                                                                                            \
     FC_QUANT_SLOTS(SLOT)                                                                                                         \
     FC_SPARSE_SLOTS(SLOT)                                                                                                        \
+    FC_TEXT_SLOTS(SLOT)                                                                                                          \
     FC_VISION_SLOTS(SLOT)
 
 typedef struct fc_table {
