@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("onnx", reason="the extra onnx is not installed")
 pytest.importorskip("ml_dtypes")
 
-import onnx_suite
+from formats import onnx_suite
 
 # What passes with onnx 1.23. A newer onnx has more tests; fewer that pass than here is a regression.
 PASSED = {

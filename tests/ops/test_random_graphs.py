@@ -24,6 +24,9 @@ ATTRIBUTES = {
     "approximate": ("tanh", "none"),
     "input_scale": (0.03, -1.0),
     "input_zero_point": (90, 128, 300),
+    "to": ("float32", "float64", "int64"),
+    "dtype": ("float32", "int64"),
+    "mode": ("constant", "edge", "wrap", "linear", "nearest", "DCR"),
     "size": (1, 3, 0),
     "p": (1, 2, 0),
     "kernel_shape": ((1,), (2,), (2, 1)),
@@ -33,15 +36,11 @@ ATTRIBUTES = {
     "group": (1, 2, 0),
     "blocksize": (2, 0),
     "num_groups": (1, 2),
-    "mode": ("linear", "nearest", "DCR", "constant", "edge", "wrap"),
     "axes": ((0,), (-1, 1), (5,)),
     "block_size": (0, 2),
-    "to": ("float32", "float64", "int64"),
-    "dtype": ("float32", "int64"),
     "function": ("Exp", "Sqrt", "none such"),
     "perm": ((0,), (1, 0), (0, 1), (2, 0, 1), (1, 2, 0), (0, 2, 1)),
 }
-STAGED = {"Resize", "AffineGrid", "CenterCropPad", "Col2Im", "MaxUnpool"}  # whose shapes depend on values
 BY_TYPE = {int: (-1, 0, 1, 2), float: (0.5, 1.0), str: ("none", "float32"), tuple: ((), (0,), (1, 1), (0, 1, 2))}
 WITH_KERNELS = [key for key, op in OPS.items() if type(op).bind is not Op.bind and op.pure]
 ALL = [key for key, op in OPS.items() if op.pure]

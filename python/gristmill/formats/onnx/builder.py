@@ -87,9 +87,9 @@ class Builder:
 
     def takes(self, node: Foreign) -> bool:
         """Whether there is an operator for a node in the form that it has."""
-        outputs = [hint or f"{index}" for index, hint in enumerate(node.outputs)]
+        outputs = tuple(hint or f"{index}" for index, hint in enumerate(node.outputs))
         try:
-            infer(Node(node.op, _trimmed(node.inputs), outputs, node.attributes, node.domain), self.types, self.tensors)
+            infer(Node(node.op, tuple(_trimmed(node.inputs)), outputs, node.attributes, node.domain), self.types, self.tensors)
         except ModelError:
             return False
         return True

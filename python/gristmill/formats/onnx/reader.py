@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gristmill.errors import FormatError, GristmillError, MissingExtraError
+from gristmill.formats.container import parse as parse_json
 from gristmill.formats.onnx.builder import Builder
 from gristmill.formats.onnx.control import NAME as CONTROL
 from gristmill.formats.onnx.control import chosen, progresses_by, progression
@@ -58,7 +59,7 @@ def parse(data: bytes) -> Any:
     """
     try:
         import ml_dtypes  # noqa: F401
-        from google.protobuf.message import DecodeError
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
         from onnx import ModelProto
     except ModuleNotFoundError as error:
         raise MissingExtraError(str(error.name), "onnx") from error
@@ -155,8 +156,7 @@ class _Reader:
         nodes = _needed([_renamed(node, names) for node in nodes], outputs)
         read = {name for node in nodes for name in node.inputs}.union(outputs)
         tensors = {name: tensor for name, tensor in self.graph.tensors.items() if name in read}
-        meta = {"source": "onnx", "producer": self.proto.producer_name} if self.proto.producer_name else {"source": "onnx"}
-        return Model(tuple(nodes), tensors, inputs, tuple(outputs), meta)
+        return Model(tuple(nodes), tensors, inputs, tuple(outputs), _meta(self.proto))
 
     def _graph(self, proto: Any, scope: Scope) -> None:
         """Read the tensors and the nodes of a graph into a scope."""
@@ -289,6 +289,14 @@ class _Reader:
         return TensorType(dtype, tuple(_dimension(dim, f"{value.name}.{i}") for i, dim in enumerate(kind.shape.dim)))
 
 
+def _meta(proto: Any) -> dict[str, Any]:
+    """Return what `save` wrote of a model's provenance, else which program made the file."""
+    kept = [entry.value for entry in proto.metadata_props if entry.key == "gristmill"]
+    if kept:
+        return parse_json(kept[0].encode(), "metadata")
+    return {"source": "onnx", "producer": proto.producer_name} if proto.producer_name else {"source": "onnx"}
+
+
 def _check_interface(graph: Any, outputs: Sequence[str]) -> None:
     if not outputs:
         raise FormatError("the graph has no outputs")
@@ -384,7 +392,7 @@ def _node_proto(node: Foreign) -> bytes:
 
     inputs = [f"x{index}" if name else "" for index, name in enumerate(node.inputs)]
     outputs = [f"y{index}" if name else "" for index, name in enumerate(node.outputs)]
-    plain = {key: value for key, value in node.attributes.items() if isinstance(value, (int, float, str, tuple))}
+    plain: dict[str, Any] = {key: value for key, value in node.attributes.items() if isinstance(value, (int, float, str, tuple))}
     if plain.keys() != node.attributes.keys():
         raise Unsupported("a tensor attribute")
     return bytes(helper.make_node(node.op, inputs, outputs, domain=node.domain, **plain).SerializeToString())
