@@ -19,6 +19,11 @@ class Program:
     def __len__(self) -> int: ...
     def run(self, threads: int = 1) -> None: ...
 
+def run_map(
+    programs: list[Program], inputs: list[tuple[Array, list[Array]]], outputs: list[tuple[Array, list[Array]]], items: int
+) -> None:
+    """Run programs[rank] for each of `items` slices along the leading axis of (array, [one rank's array for a slice])."""
+
 class Weight:
     shape: tuple[int, int]
     def __init__(

@@ -1,4 +1,5 @@
 /* The executor: one parallel region per run, the team walks the steps together, a barrier after each. */
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -68,6 +69,37 @@ fc_status fc_program_run(const fc_program *program, int threads) {
     if (program->generation != fc_generation()) return FC_STALE;
     walk w = {.steps = program->steps, .length = program->length};
     fc_team_run(walk_steps, &w, threads);
+    return FC_OK;
+}
+
+typedef struct mapping {
+    const fc_map *map;
+    _Atomic int64_t next;
+} mapping;
+
+static void walk_items(void *context, int rank, int size) {
+    (void)size;
+    mapping *m = context;
+    const fc_map *map = m->map;
+    const fc_program *program = map->programs[rank];
+    for (int64_t item; (item = atomic_fetch_add_explicit(&m->next, 1, memory_order_relaxed)) < map->items;) {
+        for (int i = 0; i < map->input_count; i++) {
+            const fc_slices *s = &map->inputs[i];
+            memcpy(s->inside[rank], s->outside + item * (int64_t)s->bytes, s->bytes);
+        }
+        for (int64_t i = 0; i < program->length; i++) program->steps[i].run(program->steps[i].args, 0, 1);
+        for (int i = 0; i < map->output_count; i++) {
+            const fc_slices *s = &map->outputs[i];
+            memcpy(s->outside + item * (int64_t)s->bytes, s->inside[rank], s->bytes);
+        }
+    }
+}
+
+fc_status fc_program_map(const fc_map *map) {
+    for (int rank = 0; rank < map->ranks; rank++)
+        if (map->programs[rank]->generation != fc_generation()) return FC_STALE;
+    mapping m = {.map = map};
+    fc_team_run(walk_items, &m, map->items < map->ranks ? (int)map->items : map->ranks);
     return FC_OK;
 }
 

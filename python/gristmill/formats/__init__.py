@@ -4,13 +4,13 @@ import os
 from pathlib import Path
 
 from gristmill.errors import FormatError
-from gristmill.formats import native
+from gristmill.formats import native, onnx
 from gristmill.formats.atomic import check_folder
 from gristmill.model import Model, check_model
 
 __all__ = ["check_target", "load", "save"]
 
-LOADERS = {".safetensors": native.load}
+LOADERS = {".safetensors": native.load, ".onnx": onnx.load}
 SAVERS = {".safetensors": native.save}
 
 

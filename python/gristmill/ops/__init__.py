@@ -4,10 +4,28 @@ A module of operators lists them in OPERATORS; a new module is its name here.
 """
 
 from gristmill.errors import ModelError
-from gristmill.ops import activation, arithmetic, linear, loss, normalization
+from gristmill.ops import (
+    activation,
+    arithmetic,
+    batch,
+    cast,
+    convolution,
+    elementwise,
+    image,
+    linear,
+    loss,
+    matmul,
+    normalization,
+    pooling,
+    quantization,
+    reduction,
+    shape,
+)
 from gristmill.ops.op import GRAD, OWN, Node, Op, TensorType
 
-_MODULES = (activation, arithmetic, linear, loss, normalization)
+_MODULES = (
+    activation, arithmetic, batch, cast, convolution, elementwise, image, linear, loss, matmul, normalization, pooling, quantization, reduction, shape,
+)  # fmt: skip
 
 OPS: dict[tuple[str, str], Op] = {(op.domain, op.name): op() for module in _MODULES for op in module.OPERATORS}
 

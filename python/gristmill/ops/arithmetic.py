@@ -1,28 +1,39 @@
-"""Add and Mul with NumPy broadcasting; equal shapes run on kernels."""
+"""Arithmetic with NumPy broadcasting; Add and Mul of equal shapes run on kernels."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import reduce
+from typing import Any, ClassVar
 
 import numpy as np
 
 from gristmill import _core
-from gristmill.ops.op import GRAD, Binder, Dim, Node, Op, Tape, TensorType, need, same_dim
+from gristmill.ops.activation import sigmoid
+from gristmill.ops.axes import first
+from gristmill.ops.dtypes import BOOL, is_float, narrow, wide
+from gristmill.ops.op import GRAD, Binder, Dim, Node, Op, Tape, TensorType, aligned, need, same_dim
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
 
 
-def broadcast(node: Node, a: TensorType, b: TensorType) -> TensorType:
+def broadcast(node: Node, *types: TensorType | None) -> TensorType:
     """Return the type of an elementwise result; symbols may turn out to be whatever fits."""
-    rank = max(len(a.shape), len(b.shape))
-    left: tuple[Dim, ...] = (1,) * (rank - len(a.shape)) + a.shape
-    right: tuple[Dim, ...] = (1,) * (rank - len(b.shape)) + b.shape
-    need(
-        all(same_dim(x, y) or x == 1 or y == 1 for x, y in zip(left, right, strict=True)),
-        node,
-        f"'{node.inputs[0]}' is {a} and '{node.inputs[1]}' is {b}: the shapes do not broadcast",
-    )
-    need(a.dtype == b.dtype, node, f"'{node.inputs[0]}' is {a} and '{node.inputs[1]}' is {b}: the dtypes differ")
-    return TensorType(a.dtype, tuple(_wider(x, y) for x, y in zip(left, right, strict=True)))
+    present = [kind for kind in types if kind is not None]
+    result = present[0]
+    for index, kind in enumerate(present[1:], 1):
+        told = f"'{node.inputs[0]}' is {present[0]} and '{node.inputs[index]}' is {kind}"
+        need(result.dtype == kind.dtype, node, f"{told}: the dtypes differ")
+        result = TensorType(result.dtype, broadcast_shapes(node, result.shape, kind.shape, told))
+    return result
+
+
+def broadcast_shapes(node: Node, a: tuple[Dim, ...], b: tuple[Dim, ...], told: str) -> tuple[Dim, ...]:
+    """Return the common shape of two. `told` says which, should there be none."""
+    rank = max(len(a), len(b))
+    left: tuple[Dim, ...] = (1,) * (rank - len(a)) + a
+    right: tuple[Dim, ...] = (1,) * (rank - len(b)) + b
+    fits = all(same_dim(x, y) or x == 1 or y == 1 for x, y in zip(left, right, strict=True))
+    need(fits, node, f"{told}: the shapes do not broadcast")
+    return tuple(_wider(x, y) for x, y in zip(left, right, strict=True))
 
 
 def _wider(x: Dim, y: Dim) -> Dim:
@@ -43,10 +54,12 @@ class Elementwise(Op):
         raise NotImplementedError
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        a, b = types
-        assert a is not None
-        assert b is not None
-        return [broadcast(node, a, b)]
+        return [broadcast(node, *types)]
+
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        return aligned(split, types, made[0])
 
     def bind(self, node: Node, binder: Binder) -> bool:
         a, b = binder.rows(node.inputs[0]), binder.rows(node.inputs[1])
@@ -69,7 +82,7 @@ class Add(Elementwise):
         return _core.add
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        return [inputs[0] + inputs[1]]
+        return [narrow(wide(inputs[0]) + wide(inputs[1]), inputs[0].dtype)]
 
     def gradient(self, node: Node, tape: Tape, dy: str) -> None:
         for value in node.inputs:
@@ -84,12 +97,213 @@ class Mul(Elementwise):
         return _core.multiply
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        return [inputs[0] * inputs[1]]
+        return [narrow(wide(inputs[0]) * wide(inputs[1]), inputs[0].dtype)]
 
     def gradient(self, node: Node, tape: Tape, dy: str) -> None:
         for value, other in (node.inputs, node.inputs[::-1]):
             if tape.wants(value):
                 tape.add(value, reduce_to(tape, tape.emit("Mul", [dy, other], domain=""), value, node.outputs[0]))
+
+
+class Sub(Op):
+    """a - b."""
+
+    name = "Sub"
+    arity = (2, 2)
+    differentiable = True
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        return [broadcast(node, *types)]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        return [narrow(wide(inputs[0]) - wide(inputs[1]), inputs[0].dtype)]
+
+    def gradient(self, node: Node, tape: Tape, dy: str) -> None:
+        a, b = node.inputs
+        if tape.wants(a):
+            tape.add(a, reduce_to(tape, dy, a, node.outputs[0]))
+        if tape.wants(b):
+            tape.add(b, reduce_to(tape, tape.emit("Neg", [dy], domain=""), b, node.outputs[0]))
+
+
+def divide(a: Array, b: Array) -> Array:
+    """a / b; of integers, the quotient truncated towards zero."""
+    if is_float(a.dtype):
+        return a / b
+    quotient = a // b
+    return quotient + ((a % b != 0) & ((a < 0) != (b < 0)))
+
+
+class Div(Op):
+    """a / b; of integers, the quotient truncated towards zero."""
+
+    name = "Div"
+    arity = (2, 2)
+    differentiable = True
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        return [broadcast(node, *types)]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        with np.errstate(all="ignore"):
+            return [narrow(divide(*map(wide, inputs)), inputs[0].dtype)]
+
+    def gradient(self, node: Node, tape: Tape, dy: str) -> None:
+        a, b, y = *node.inputs, node.outputs[0]
+        if not tape.wants(a) and not tape.wants(b):
+            return
+        share = tape.emit("Div", [dy, b], domain="")
+        if tape.wants(a):
+            tape.add(a, reduce_to(tape, share, a, y))
+        if tape.wants(b):
+            down = tape.emit("Neg", [tape.emit("Mul", [share, y], domain="")], domain="")
+            tape.add(b, reduce_to(tape, down, b, y))
+
+
+class Pow(Op):
+    """x to the power of an exponent, which may have a dtype of its own."""
+
+    name = "Pow"
+    arity = (2, 2)
+    differentiable = True
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        x, exponent = types
+        assert x is not None
+        assert exponent is not None
+        return [broadcast(node, x, TensorType(x.dtype, exponent.shape))]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        return [narrow(power(*inputs), inputs[0].dtype)]
+
+    def gradient(self, node: Node, tape: Tape, dy: str) -> None:
+        x, exponent = node.inputs
+        need(not tape.wants(exponent), node, "has no gradient in its exponent")
+        if tape.wants(x):
+            tape.add(x, reduce_to(tape, tape.emit("PowGrad", [dy, x, exponent]), x, node.outputs[0]))
+
+
+def power(x: Array, exponent: Array) -> Array:
+    x, exponent = wide(x), wide(exponent)
+    if is_float(x.dtype):
+        exponent = exponent.astype(x.dtype) if not is_float(exponent.dtype) else exponent
+    elif np.any(exponent < 0):
+        x = x.astype(np.float64)  # whose powers truncate to what integers keep of them
+    with np.errstate(all="ignore"):
+        return np.power(x, exponent)
+
+
+class PowGrad(Op):
+    """dy * exponent * x ** (exponent - 1), in the shape of dy."""
+
+    name = "PowGrad"
+    domain = GRAD
+    arity = (3, 3)
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        return [first(types)]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        dy, x, exponent = inputs
+        return [narrow(dy * exponent * power(x, np.asarray(exponent - 1)), dy.dtype)]
+
+
+def modulo(a: Array, b: Array, fmod: int) -> Array:
+    """The remainder; its sign is that of the divisor, or with `fmod` that of the dividend."""
+    return np.fmod(a, b) if fmod else np.mod(a, b)
+
+
+def shift(a: Array, b: Array, direction: str) -> Array:
+    """Bits that leave on either side are lost, all of them from the width of the dtype on; on the right the sign comes in."""
+    width = a.dtype.itemsize * 8
+    count = np.minimum(b, width - 1)
+    if direction == "RIGHT":
+        return np.where((b < width) | (a < 0), np.right_shift(a, count), 0)
+    return np.where(b < width, np.left_shift(a, count), 0)
+
+
+class Binary(Op):
+    """One row of a table: a function of two inputs of one dtype, and whether it gives truth values."""
+
+    arity = (2, 2)
+    function: ClassVar[Callable[..., Array]]
+    boolean: ClassVar[bool]
+    defaults: ClassVar[dict[str, Any]]
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        result = broadcast(node, *types)
+        return [TensorType(BOOL, result.shape) if self.boolean else result]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        keywords = {key: node.attributes.get(key, default) for key, default in self.defaults.items()}
+        with np.errstate(all="ignore"):
+            made = type(self).function(*map(wide, inputs), **keywords)
+        return [narrow(made, BOOL if self.boolean else inputs[0].dtype)]
+
+
+BINARY: tuple[tuple[str, Callable[..., Array], bool, dict[str, Any]], ...] = (
+    ("And", np.logical_and, True, {}),
+    ("Or", np.logical_or, True, {}),
+    ("Xor", np.logical_xor, True, {}),
+    ("Equal", np.equal, True, {}),
+    ("Less", np.less, True, {}),
+    ("LessOrEqual", np.less_equal, True, {}),
+    ("Greater", np.greater, True, {}),
+    ("GreaterOrEqual", np.greater_equal, True, {}),
+    ("BitwiseAnd", np.bitwise_and, False, {}),
+    ("BitwiseOr", np.bitwise_or, False, {}),
+    ("BitwiseXor", np.bitwise_xor, False, {}),
+    ("BitShift", shift, False, {"direction": "LEFT"}),
+    ("Mod", modulo, False, {"fmod": 0}),
+    ("PRelu", lambda x, slope: np.where(x < 0, slope * x, x), False, {}),
+    ("SwiGLU", lambda a, b, alpha: a * sigmoid(alpha * a) * b, False, {"alpha": 1.0}),
+)
+
+
+def _binary(name: str, function: Callable[..., Array], boolean: bool, defaults: dict[str, Any]) -> type[Binary]:
+    attributes = {key: type(default) for key, default in defaults.items()}
+    members = {"name": name, "function": staticmethod(function), "boolean": boolean, "defaults": defaults}
+    return type(name, (Binary,), members | {"attributes": attributes})
+
+
+class Variadic(Op):
+    """One row of a table: a function of two that is folded over any number of inputs."""
+
+    arity = (1, 2**31)
+    function: ClassVar[Callable[[Array, Array], Array]]
+    mean: ClassVar[bool]
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        return [broadcast(node, *types)]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        result = reduce(type(self).function, map(wide, inputs))
+        return [narrow(result / len(inputs) if self.mean else result, inputs[0].dtype)]
+
+
+def _variadic(name: str, function: Callable[[Array, Array], Array], mean: bool) -> type[Variadic]:
+    return type(name, (Variadic,), {"name": name, "function": staticmethod(function), "mean": mean})
+
+
+VARIADIC = (("Max", np.maximum, False), ("Min", np.minimum, False), ("Sum", np.add, False), ("Mean", np.add, True))
+
+
+class Where(Op):
+    """x where a condition holds, else y, with broadcasting."""
+
+    name = "Where"
+    arity = (3, 3)
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        condition, x, y = types
+        assert condition is not None
+        assert x is not None
+        assert y is not None
+        need(condition.dtype == BOOL, node, f"the condition '{node.inputs[0]}' is {condition}, not of truth values")
+        return [broadcast(node, TensorType(x.dtype, condition.shape), x, y)]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        return [np.where(*inputs)]
 
 
 class Identity(Op):
@@ -98,6 +312,7 @@ class Identity(Op):
     name = "Identity"
     arity = (1, 1)
     differentiable = True
+    every_dtype = True
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         assert types[0] is not None
@@ -111,11 +326,7 @@ class Identity(Op):
             tape.add(node.inputs[0], dy)
 
     def bind(self, node: Node, binder: Binder) -> bool:
-        x = binder.rows(node.inputs[0])
-        if x.dtype != np.float32:
-            return False
-        binder.step(_core.scale, x, 1.0, binder.output(node.outputs[0]))
-        return True
+        return binder.alias(node.outputs[0], binder.rows(node.inputs[0]))
 
 
 class SumToShape(Op):
@@ -143,4 +354,8 @@ class SumToShape(Op):
         return [np.asarray(x.sum(axis=axes, dtype=np.float64).reshape(like.shape), x.dtype)]
 
 
-OPERATORS = (Add, Mul, Identity, SumToShape)
+OPERATORS = (
+    *(Add, Sub, Mul, Div, Pow, PowGrad, Where, Identity, SumToShape),
+    *(_binary(*row) for row in BINARY),
+    *(_variadic(*row) for row in VARIADIC),
+)

@@ -60,6 +60,11 @@ class LayerNormalization(Op):
         if beta and tape.wants(beta):
             tape.add(beta, tape.emit("SumRows", [dy]))
 
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        return list(split) == [True] + [False] * (len(split) - 1) and len(made[0].shape) > 1
+
     def bind(self, node: Node, binder: Binder) -> bool:
         x, out = binder.rows(node.inputs[0]), binder.output(node.outputs[0])
         shape = as_rows(x.shape)

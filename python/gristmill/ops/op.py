@@ -116,6 +116,7 @@ class Binder(Protocol):
     def stored(self, name: str) -> tuple[Buffer, str]: ...
     def codes(self, name: str, layout: str) -> tuple[Buffer, Buffer, int]: ...
     def output(self, name: str, layout: str = "rows") -> Buffer: ...
+    def alias(self, name: str, buffer: Buffer) -> bool: ...
     def scratch(self, nbytes: int) -> Buffer: ...
     def tensor(self, name: str) -> Tensor: ...
     def trains(self, name: str) -> bool: ...
@@ -135,6 +136,7 @@ class Op:
     attributes: ClassVar[Mapping[str, type | tuple[type, ...]]] = {}  # allowed attributes and their types
     differentiable: ClassVar[bool] = False
     pure: ClassVar[bool] = True  # equal inputs give equal outputs, so that the node may be folded
+    every_dtype: ClassVar[bool] = False  # `bind` serves outputs of any dtype, not of float32 alone
     tensor_inputs: ClassVar[tuple[int, ...]] = ()  # constants that `reference` takes as tensors, for their kind matters
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
@@ -162,6 +164,19 @@ class Op:
         """Compute the outputs with NumPy. Inputs are arrays, but for those that `tensor_inputs` lists."""
         raise NotImplementedError
 
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        """Whether row i along axis 0 of every output depends only on row i of the inputs that are split.
+
+        Args:
+            node: the node.
+            split: which inputs carry the examples of the batch along axis 0; the others are the same for all.
+            types: concrete types of the inputs, None where one is absent.
+            made: concrete types of the outputs; their leading dimension is the batch.
+        """
+        return False
+
     def gradient(self, node: Node, tape: Tape, dy: str) -> None:
         """Add the gradients of the inputs that the tape wants, given the gradient of the output."""
         raise ModelError(f"{node.op} has no gradient")
@@ -185,6 +200,19 @@ def refusal(node: Node, error: Exception) -> ModelError:
 def fresh_dim(node: Node, axis: int) -> str:
     """Return a symbol for a dimension that follows from symbolic ones by arithmetic."""
     return f"{node.name}.{axis}"
+
+
+def aligned(split: Sequence[bool], types: Sequence[TensorType | None], made: TensorType) -> bool:
+    """Whether broadcasting keeps the examples of split inputs apart: a rule for `separable`."""
+    rank = len(made.shape)
+    for along, kind in zip(split, types, strict=True):
+        if kind is None:
+            continue
+        if along and (len(kind.shape) != rank or kind.shape[0] != made.shape[0]):
+            return False
+        if not along and len(kind.shape) == rank and kind.shape[0] != 1:
+            return False
+    return True
 
 
 def same_dim(a: Dim, b: Dim) -> bool:

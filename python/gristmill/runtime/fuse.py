@@ -36,6 +36,8 @@ def _with_activation(linear: Node, node: Node) -> tuple[str, Node] | None:
         return None
     op = OPS[node.domain, node.op]
     assert isinstance(op, Activation)
+    if not op.kind(node):
+        return None
     return linear.name, replace(linear, outputs=node.outputs, attributes={**linear.attributes, "activation": op.kind(node)})
 
 

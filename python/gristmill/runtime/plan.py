@@ -172,6 +172,19 @@ class Layout:
         self.forms[name] = {layout: self._fresh(name, layout)}
         return self.forms[name][layout]
 
+    def alias(self, name: str, buffer: Buffer) -> bool:
+        """Let a value that the present node makes be another buffer under its own shape: no step, no copy.
+
+        Where the value is bound to memory of its own it gets a copy; False if it cannot get one here.
+        """
+        if name not in self.bound:
+            self.forms[name] = {"rows": buffer.reshape(*self._shape(name))}
+        elif buffer.dtype == np.float32:
+            self.step(_core.scale, buffer, 1.0, self.output(name).reshape(*buffer.shape))
+        else:
+            return False
+        return True
+
     def scratch(self, nbytes: int) -> Buffer:
         return Buffer((nbytes,), np.uint8)
 
@@ -232,10 +245,11 @@ class Layout:
 
     def _bind(self, node: Node) -> bool:
         """Append a node's kernel steps if it has any. Kernels are float32; only losses read anything else, their labels."""
-        if any(self.types[name].dtype != np.float32 for name in node.outputs):
+        op = find(node)
+        if not op.every_dtype and any(self.types[name].dtype != np.float32 for name in node.outputs):
             return False
         try:
-            return find(node).bind(node, self)
+            return op.bind(node, self)
         except (TypeError, ValueError) as error:
             raise refusal(node, error) from error
 
