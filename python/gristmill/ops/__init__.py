@@ -7,10 +7,13 @@ from gristmill.errors import ModelError
 from gristmill.ops import (
     activation,
     arithmetic,
+    attention,
     batch,
     cast,
     convolution,
     elementwise,
+    embedding,
+    gather,
     image,
     linear,
     loss,
@@ -20,11 +23,12 @@ from gristmill.ops import (
     quantization,
     reduction,
     shape,
+    token_pooling,
 )
 from gristmill.ops.op import GRAD, OWN, Node, Op, TensorType
 
 _MODULES = (
-    activation, arithmetic, batch, cast, convolution, elementwise, image, linear, loss, matmul, normalization, pooling, quantization, reduction, shape,
+    activation, arithmetic, attention, batch, cast, convolution, elementwise, embedding, gather, image, linear, loss, matmul, normalization, pooling, quantization, reduction, shape, token_pooling,
 )  # fmt: skip
 
 OPS: dict[tuple[str, str], Op] = {(op.domain, op.name): op() for module in _MODULES for op in module.OPERATORS}
