@@ -18,6 +18,7 @@ from gristmill.ops import Node, TensorType, find
 from gristmill.ops.op import Undetermined
 from gristmill.tensor import Dense
 
+BROADCASTS = {"BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Einsum", "MatMulInteger", "QLinearMatMul"}  # in ways not followed
 LONGEST = 64  # elements of a vector that is followed
 
 Contents = tuple[Any, ...]  # a Size, a bool, or None where an element is not known
@@ -74,7 +75,7 @@ class Facts:
                 return RULES[node.op](self, node)
             except KeyError:  # a shape or a value that it needs is not known
                 return [self._concrete(kind) for kind in kinds]
-        return [self._concrete(kind) for kind in kinds] if all(kind.known for kind in kinds) else self._inferred(node)
+        return self._inferred(node, kinds)
 
     def _concrete(self, kind: TensorType) -> Shape | None:
         """The shape that the model infers, where it is in numbers: its symbols may stand for broadcast dimensions."""
@@ -82,16 +83,16 @@ class Facts:
             return None
         return tuple(size(dim) for dim in kind.shape)
 
-    def _inferred(self, node: Node) -> list[Shape | None]:
+    def _inferred(self, node: Node, kinds: list[TensorType]) -> list[Shape | None]:
         """What the operator's own rule makes of shapes that are known only here."""
-        if not all(not name or (name in self.shapes and name in self.dtypes) for name in node.inputs):
-            return [None] * len(node.outputs)
+        if node.op in BROADCASTS or not all(not name or (name in self.shapes and name in self.dtypes) for name in node.inputs):
+            return [self._concrete(kind) for kind in kinds]
         types = [TensorType(self.dtypes[n], tuple(_dim(d) for d in self.shapes[n])) if n else None for n in node.inputs]
         try:
             made = find(node).infer(node, types, [self.model.tensors.get(name) for name in node.inputs])
         except (Undetermined, ModelError):
             return [None] * len(node.outputs)
-        return [self._concrete(kind) for kind in made]
+        return [tuple(map(size, kind.shape)) if kind.known else None for kind in made]
 
     def _dtype_of(self, node: Node) -> np.dtype[Any] | None:
         if node.op in BOOLEAN:

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from gristmill.formats.onnx.canonical.dims import size
 from gristmill.formats.onnx.canonical.facts import Facts
+from gristmill.formats.onnx.canonical.shapes import Shape
 from gristmill.model import Model
 from gristmill.ops import Node
 from gristmill.tensor import Dense, Tensor
@@ -33,7 +35,6 @@ class Graph:
         self._added: list[Node] = []
         self._aliases: dict[str, str] = {}
         self._uses = Counter(name for node in model.nodes for name in node.inputs) + Counter(model.outputs)
-        self._scalars: dict[tuple[float, Any], str] = {}
 
     @cached_property
     def facts(self) -> Facts:
@@ -93,7 +94,7 @@ class Graph:
 
     def lower_rank(self, name: str, other: str) -> bool:
         """Whether a constant has no more dimensions than another value is known to have."""
-        array, shape = self.constant(name), self.facts.shapes.get(self.resolve(other))
+        array, shape = self.constant(name), self.shape(other)
         return array is not None and (array.ndim == 0 or (shape is not None and array.ndim <= len(shape)))
 
     def put(self, *nodes: Node) -> None:
@@ -126,8 +127,19 @@ class Graph:
             name, number = f"{hint}.{number}", number + 1
         return name
 
-    def shape(self, name: str) -> tuple[Any, ...] | None:
-        return self.facts.shapes.get(self.resolve(name))
+    def is_read(self, name: str) -> bool:
+        return self._uses[name] > 0
+
+    def shape(self, name: str) -> Shape | None:
+        """The shape of a value, in symbols."""
+        name = self.resolve(name)
+        if name in self.tensors:
+            return tuple(map(size, self.tensors[name].shape))
+        return self.facts.shapes.get(name)
+
+    def dtype(self, name: str) -> np.dtype[Any] | None:
+        name = self.resolve(name)
+        return self.tensors[name].dtype if name in self.tensors else self.facts.dtypes.get(name)
 
     def ints(self, name: str) -> tuple[int, ...] | None:
         """The value of a constant of integers."""
@@ -135,33 +147,26 @@ class Graph:
         return tuple(int(v) for v in array.reshape(-1)) if array is not None and array.dtype.kind in "iu" else None
 
     def done(self) -> Model:
-        """Return the model, without what is not needed for its outputs."""
-        if not self._added and not self._aliases and len(self.tensors) == len(self.model.tensors):
+        """Return the model, without what its outputs do not need."""
+        if not self._added and not self._aliases:
             return self.model
         renamed = self._keep_output_names()
-        live, seen, stack = [], set(), [self.resolve(name) for name in self.model.outputs if name not in renamed.values()]
-        stack += [old for old in renamed]
+        live: dict[str, Node] = {}
         used: set[str] = set()
+        stack = [self.resolve(name) for name in self.model.outputs]
         while stack:
             name = stack.pop()
             node = self._makers.get(name)
             if node is None:
                 used.add(name)
-            elif node.name not in seen:
-                seen.add(node.name)
-                node = self._current(node)
-                live.append(node)
+            elif node.name not in live:
+                live[node.name] = node = self._current(node)
                 stack += [value for value in node.inputs if value]
         place = {node.name: number for number, node in enumerate(self._nodes)}
-        live.sort(key=lambda node: place.get(node.name, -1))
-        nodes = tuple(_rename(node, renamed) for node in live)
-        model = self.model
+        nodes = sorted(live.values(), key=lambda node: place.get(node.name, -1))
         tensors = {name: tensor for name, tensor in self.tensors.items() if name in used}
-        outputs = tuple(name for name in model.outputs)
-        for name in outputs:
-            if name in tensors or name in model.inputs:
-                continue
-        return Model(nodes, tensors, model.inputs, outputs, model.meta)
+        model = self.model
+        return Model(tuple(_rename(node, renamed) for node in nodes), tensors, model.inputs, model.outputs, model.meta)
 
     def _keep_output_names(self) -> dict[str, str]:
         """Return new names for values that stand in for outputs of the model; an Identity where there can be no such name."""
@@ -181,9 +186,5 @@ class Graph:
 def _rename(node: Node, renamed: dict[str, str]) -> Node:
     if not any(name in renamed for name in (*node.inputs, *node.outputs)):
         return node
-    swap = {**renamed}
-    return replace(
-        node,
-        inputs=tuple(swap.get(name, name) for name in node.inputs),
-        outputs=tuple(swap.get(name, name) for name in node.outputs),
-    )
+    inputs, outputs = (tuple(renamed.get(name, name) for name in names) for names in (node.inputs, node.outputs))
+    return replace(node, inputs=inputs, outputs=outputs)

@@ -95,7 +95,7 @@ class Masks:
 
     def _source(self, name: str) -> Table | None:
         """A [batch, keys] value of integers or truth values, about which nothing more is known."""
-        shape, dtype = self.graph.shape(name), self.graph.facts.dtypes.get(name)
+        shape, dtype = self.graph.shape(name), self.graph.dtype(name)
         if shape is None or len(shape) != 2 or dtype is None or dtype.kind not in "iub":
             return None
         return Table(name, whole(shape), dtype.type(0), dtype.type(1))

@@ -3,6 +3,7 @@
 A rule takes what is known (`facts.Facts`) and a node. It raises KeyError where something that it needs is not known.
 """
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -34,15 +35,29 @@ def broadcast(shapes: list[Shape]) -> Shape:
     """The shape of an elementwise result. Different symbols may stand for 1: their broadcast is an expression of its own."""
     rank = max(map(len, shapes))
     padded = [(ONE,) * (rank - len(shape)) + shape for shape in shapes]
-    return tuple(_wider(list(dims)) for dims in zip(*padded, strict=True))
+    return tuple(_wider(dims) for dims in zip(*padded, strict=True))
 
 
-def _wider(dims: list[Size]) -> Size:
+def _wider(dims: tuple[Size, ...]) -> Size:
     distinct = list(dict.fromkeys(dim for dim in dims if dim != ONE))
     if len(distinct) < 2:
         return distinct[0] if distinct else ONE
-    known = [dim for dim in distinct if dim.known]
-    return known[0] if known else Size(1, (f"({'|'.join(sorted(map(str, distinct)))})",))
+    for dim in distinct:
+        if dim.known:
+            return dim
+    kept = [dim for dim in distinct if not any(_is_least(dim, other) for other in distinct)]
+    return kept[0] if len(kept) == 1 else Size(1, (f"broadcast({', '.join(sorted(map(str, kept)))})",))
+
+
+def least(bound: int, dim: Size) -> Size:
+    """The lesser of a number and a dimension: what a slice from the front of an axis leaves."""
+    return Size(1, (f"min({bound}, {dim})",))
+
+
+def _is_least(dim: Size, other: Size) -> bool:
+    """Whether a dimension is the lesser of a number above 1 and another: the two fit only if they are equal."""
+    match = re.fullmatch(r"min\((\d+), (.*)\)", str(dim))
+    return match is not None and int(match[1]) > 1 and match[2] == str(other)
 
 
 def _binary(facts: "Facts", node: Node) -> list[Shape | None]:
@@ -167,7 +182,9 @@ def _slice(facts: "Facts", node: Node) -> list[Shape | None]:
         if dim.known and isinstance(end, Size) and end.known:
             shape[axis] = Size(len(range(dim.number)[start : end.number : step]))
         else:
-            shape[axis] = Size(1, (f"<{node.name}.{axis}>",))
+            front = start == 0 and step == 1 and dim.known and isinstance(end, Size)
+            natural = isinstance(end, Size) and end.number > 0 and not any(factor.startswith("(") for factor in end.factors)
+            shape[axis] = least(dim.number, end) if front and natural else Size(1, (f"<{node.name}.{axis}>",))
     return [tuple(shape)]
 
 

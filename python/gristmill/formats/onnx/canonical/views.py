@@ -105,6 +105,3 @@ def _shorten(graph: Graph, node: Node, found: Arrangement) -> None:
 def reshape(graph: Graph, source: str, target: tuple[int, ...], name: str) -> Node:
     """Return a Reshape to a constant shape."""
     return Node("Reshape", (source, graph.tensor(np.array(target, np.int64), f"{name}.shape")), (name,))
-
-
-__all__ = ["Size", "cancel_views", "lift_views", "reshape"]

@@ -1,0 +1,164 @@
+"""Constants, what does nothing, and what is computed twice."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from gristmill.errors import GristmillError
+from gristmill.formats.onnx.canonical.arrangement import target_of
+from gristmill.formats.onnx.canonical.dims import Size
+from gristmill.formats.onnx.canonical.facts import Facts, broadcast
+from gristmill.formats.onnx.canonical.graph import Graph
+from gristmill.formats.onnx.canonical.shapes import BINARY, permutation
+from gristmill.model import Model
+from gristmill.ops import Node, find
+
+FOLDED = 1 << 16  # elements that a result may have beyond those of what it is computed from
+KEPT = {"DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger"}  # what the pass `quantized` reads
+
+
+def fold(model: Model) -> Model:
+    """Compute what depends on constants alone, also where a constant is the extent of a dimension; then drop what does nothing."""
+    graph = Graph(model)
+    for node in graph.walk():
+        if not _known(graph, node) and not _computed(graph, node):
+            _dropped(graph, node)
+    return graph.done()
+
+
+def _known(graph: Graph, node: Node) -> bool:
+    """Replace shape arithmetic whose outcome is known."""
+    values, shape = graph.facts.contents.get(node.name), graph.facts.shapes.get(node.name)
+    if values is None or shape is None or len(node.outputs) > 1:
+        return False
+    flags = all(isinstance(value, bool) for value in values)
+    if not flags and not all(isinstance(value, Size) and value.known for value in values):
+        return False
+    dtype = np.dtype(bool) if flags else graph.facts.dtypes.get(node.name)
+    if dtype is None or len(values) != (shape[0].number if shape else 1):
+        return False
+    array = np.array([value if flags else value.number for value in values], dtype).reshape([dim.number for dim in shape])
+    graph.alias(node.name, graph.tensor(array, f"{node.name}.value"))
+    return True
+
+
+def _computed(graph: Graph, node: Node) -> bool:
+    op = find(node)
+    if node.op in KEPT or not op.pure or op.tensor_inputs or len(node.outputs) != 1 or not any(node.inputs):
+        return False
+    values = [graph.constant(name) if name else None for name in node.inputs]
+    if any(value is None for name, value in zip(node.inputs, values, strict=True) if name):
+        return False
+    shape = graph.facts.shapes.get(node.name)
+    largest = FOLDED + sum(value.size for value in values if value is not None)
+    if shape is None or not all(dim.known for dim in shape) or np.prod([float(dim.number) for dim in shape]) > largest:
+        return False
+    try:
+        with np.errstate(all="ignore"):
+            made = op.reference(node, *values)
+    except (TypeError, ValueError, IndexError, ArithmeticError, GristmillError):
+        return False  # it fails when it runs, if ever
+    graph.alias(node.name, graph.tensor(np.asarray(made[0]), f"{node.name}.value"))
+    return True
+
+
+def _dropped(graph: Graph, node: Node) -> None:
+    """Let readers of a node that changes nothing read its input; make the shape of a Reshape a constant."""
+    if node.op in NOTHING and NOTHING[node.op](graph, node) and not any(map(graph.is_read, node.outputs[1:])):
+        graph.alias(node.name, node.inputs[0])
+    elif node.op in ("Add", "Sub", "Mul", "Div") and (kept := _neutral(graph, node)) is not None:
+        graph.alias(node.name, kept)
+    elif node.op == "And" and (kept := _true_and(graph, node)) is not None:
+        graph.alias(node.name, kept)
+    elif node.op == "Reshape" and graph.ints(node.inputs[1]) is None:
+        _fix_target(graph, node)
+    elif node.op in BINARY:
+        _broadcast_late(graph, node)
+
+
+def _same_shape(graph: Graph, node: Node) -> bool:
+    """Whether what changes shapes leaves this one."""
+    before, after = graph.shape(node.inputs[0]), graph.facts.shapes.get(node.name)
+    return before is not None and before == after
+
+
+def _same_dtype(graph: Graph, node: Node) -> bool:
+    dtype = graph.dtype(node.inputs[0])
+    return dtype is not None and dtype.name == node.attributes["to"]
+
+
+def _in_order(graph: Graph, node: Node) -> bool:
+    shape = graph.shape(node.inputs[0])
+    return shape is not None and permutation(node, len(shape)) == tuple(range(len(shape)))
+
+
+def _full_slice(graph: Graph, node: Node) -> bool:
+    steps = graph.ints(node.input(4)) if node.input(4) else ()
+    return _same_shape(graph, node) and steps is not None and all(step == 1 for step in steps)
+
+
+NOTHING = {
+    "Cast": _same_dtype,
+    "Concat": lambda graph, node: len(node.inputs) == 1,
+    "Dropout": lambda graph, node: not node.input(2) or graph.scalar(node.inputs[2]) == 0,
+    "Expand": _same_shape,
+    "Flatten": _same_shape,
+    "Identity": lambda graph, node: True,
+    "Reshape": _same_shape,
+    "Slice": _full_slice,
+    "Squeeze": _same_shape,
+    "Transpose": _in_order,
+}
+
+
+def _neutral(graph: Graph, node: Node) -> str | None:
+    """The other operand of x + 0, x - 0, x * 1 and x / 1."""
+    found = graph.split_scalar(node)
+    if found is None or found[1] != (1 if node.op in ("Mul", "Div") else 0):
+        return None
+    return found[0] if node.op in ("Add", "Mul") or found[0] == node.inputs[0] else None
+
+
+def _true_and(graph: Graph, node: Node) -> str | None:
+    for name, other in (node.inputs, node.inputs[::-1]):
+        value, shape = graph.constant(name), graph.shape(other)
+        if value is not None and value.all() and shape is not None and shape == graph.facts.shapes.get(node.name):
+            return other
+    return None
+
+
+def _fix_target(graph: Graph, node: Node) -> None:
+    before, after = graph.shape(node.inputs[0]), graph.facts.shapes.get(node.name)
+    target = target_of(before, after) if before is not None and after is not None else None
+    if target is not None:
+        shape = graph.tensor(np.array(target, np.int64), f"{node.name}.shape")
+        graph.put(Node("Reshape", (node.inputs[0], shape), node.outputs))
+
+
+def _broadcast_late(graph: Graph, node: Node) -> None:
+    """Read what an Expand reads where the operator itself broadcasts as far."""
+    made = graph.facts.shapes.get(node.name)
+    for at, name in enumerate(node.inputs):
+        expand = graph.maker(name, "Expand") if name else None
+        if expand is None or made is None:
+            continue
+        inputs = (*node.inputs[:at], expand.inputs[0], *node.inputs[at + 1 :])
+        shapes = [graph.shape(value) for value in inputs if value]
+        if all(shape is not None for shape in shapes) and broadcast([shape for shape in shapes if shape is not None]) == made:
+            node = replace(node, inputs=inputs)
+            graph.put(node)
+
+
+def share(model: Model) -> Model:
+    """Compute once what is computed twice."""
+    graph = Graph(model)
+    seen: dict[tuple[object, ...], Node] = {}
+    for node in graph.walk():
+        if not find(node).pure:
+            continue
+        key = (node.domain, node.op, node.inputs, tuple(sorted(node.attributes.items())), len(node.outputs))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            for name, other in zip(node.outputs, first.outputs, strict=True):
+                graph.alias(name, other)
+    return graph.done()
