@@ -106,12 +106,12 @@ class Masks:
         if node.op == "ConstantOfShape":
             return self._filled(node)
         parents = [self._found.get(name) for name in self._parents(node)]
+        if node.op in ELEMENTWISE and any(isinstance(parent, Grid) for parent in parents):
+            return self._on_grids(node, parents)
         if not parents or any(parent is None for parent in parents):
             return None
         if node.op in ELEMENTWISE:
-            if all(isinstance(parent, Table) for parent in parents):
-                return self._apply(node, [p for p in parents if isinstance(p, Table)])
-            return self._on_grids(node, parents)
+            return self._apply(node, [parent for parent in parents if isinstance(parent, Table)])
         if node.op == "Gather":
             return _gathered(node, parents[0], parents[1])
         parent = parents[0]
@@ -137,18 +137,27 @@ class Masks:
         return Table(source, _constant(axes) if source is None else axes, *entries)
 
     def _on_grids(self, node: Node, parents: Sequence[Known | None]) -> Known | None:
-        first, second = parents if len(parents) == 2 else (None, None)
-        if node.op == "Cast" and isinstance(parents[0], Grid) and node.attributes["to"] in ("int64", "int32"):
-            return parents[0]
-        if isinstance(first, Grid) and isinstance(second, Grid) and node.op == "Add":
-            return _added(first, second)
-        if isinstance(second, Grid) and node.op in ("Add", "Mul"):
-            first, second = second, first
-        if not isinstance(first, Grid) or not isinstance(second, Table) or second.source is not None:
+        """Shift-free arithmetic of indices, and the comparison that holds for all of them."""
+        if node.op == "Cast":
+            return parents[0] if node.attributes["to"] in ("int64", "int32") else None
+        if len(parents) != 2:
             return None
-        if node.op == "GreaterOrEqual" and second.zero <= 0:
-            return Table(None, _filling(first.shape), np.bool_(True), np.bool_(True))
-        return first if node.op == "Add" and second.zero == 0 else None
+        for at in (0, 1):
+            grid, other = parents[at], parents[1 - at]
+            if not isinstance(grid, Grid):
+                continue
+            if node.op == "Mul":
+                factor = self.graph.facts.contents.get(node.inputs[1 - at], ())
+                return _scaled(grid, factor[0]) if len(factor) == 1 and isinstance(factor[0], Size) else None
+            if node.op == "Add" and isinstance(other, Grid):
+                return _added(grid, other)
+            if not isinstance(other, Table) or other.source is not None:
+                continue
+            if node.op == "Add" and other.zero == 0:
+                return grid
+            if node.op == ("GreaterOrEqual", "LessOrEqual")[at] and other.zero <= 0:
+                return Table(None, _filling(grid.shape), np.bool_(True), np.bool_(True))
+        return None
 
     def _moved(self, node: Node, table: Table) -> Table | None:
         shape = self.graph.shape(node.name)
@@ -161,7 +170,9 @@ class Masks:
 
     def _grid_moved(self, node: Node, grid: Known | None) -> Grid | None:
         shape = self.graph.shape(node.name)
-        if not isinstance(grid, Grid) or shape is None or node.op != "Unsqueeze":
+        if not isinstance(grid, Grid) or shape is None or node.op == "Transpose":
+            return None
+        if [dim for dim in shape if dim != ONE] != [dim for dim in grid.shape if dim != ONE]:
             return None
         steps = iter([step for step in grid.steps if step is not None])
         return Grid(tuple(None if dim == ONE else next(steps, None) for dim in shape), shape)
@@ -228,7 +239,7 @@ def _added(a: Grid, b: Grid) -> Grid | None:
     return Grid(tuple(steps), tuple(shape))
 
 
-def scaled(grid: Grid, step: Size) -> Grid:
+def _scaled(grid: Grid, step: Size) -> Grid:
     return replace(grid, steps=tuple(None if s is None else times(s, step) for s in grid.steps))
 
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from gristmill.formats.onnx.canonical.arrangement import Arrangement, Axis, arrangement, extents, merged, target_of, whole
-from gristmill.formats.onnx.canonical.dims import ONE, Size, over, times
+from gristmill.formats.onnx.canonical.arrangement import Arrangement, Axis, arrangement, merged, whole
+from gristmill.formats.onnx.canonical.dims import Size, over, times
 from gristmill.formats.onnx.canonical.graph import Graph
 from gristmill.formats.onnx.canonical.linear import rows_of
-from gristmill.formats.onnx.canonical.views import reshape
+from gristmill.formats.onnx.canonical.views import views
 from gristmill.model import Model
 from gristmill.ops import Node
 
@@ -61,9 +61,13 @@ def _gather(graph: Graph, node: Node, linear: Node, found: Arrangement) -> None:
     rows = np.arange(n).reshape(-1, count.number, stride.number)[:, place].reshape(-1)
     rest = tuple(_closer(group, last, stride, count) for where, group in enumerate(found.axes) if where != at)
     shape = (*found.shape[:-1], Size(len(rows)))
-    views = arranged(graph, shape, tuple(group for group in rest), node.name)
-    if views is not None:
-        graph.put(rows_of(graph, linear, rows, views[0].inputs[0] if views else node.name), *views)
+    if rest == whole(shape):
+        graph.put(rows_of(graph, linear, rows, node.name))
+        return
+    root = graph.fresh(f"{node.name}.root")
+    made = views(graph, root, shape, rest, node.name)
+    if made is not None:
+        graph.put(rows_of(graph, linear, rows, root), *made)
 
 
 def _closer(axis: Axis, last: int, stride: Size, count: Size) -> Axis:
@@ -73,20 +77,3 @@ def _closer(axis: Axis, last: int, stride: Size, count: Size) -> Axis:
         inner = over(atom.stride, times(stride, count)) if atom.axis == last else None
         moved.append(atom if inner is None else type(atom)(atom.axis, times(inner, stride), atom.size))
     return merged(moved)
-
-
-def arranged(graph: Graph, shape: tuple[Size, ...], axes: tuple[Axis, ...], name: str) -> list[Node] | None:
-    """Return the nodes that arrange a value of some shape; the first reads a fresh name. None where constants cannot say it."""
-    if axes == whole(shape):
-        return []
-    atoms = sorted({atom for axis in axes for atom in axis}, key=lambda atom: (atom.axis, -atom.stride.number))
-    if not all(atom.stride.known for atom in atoms):
-        return None
-    apart = tuple(atom.size for atom in atoms)
-    first, last = target_of(shape, apart), None
-    order = [atoms.index(atom) for axis in axes for atom in axis]
-    last = target_of(tuple(apart[at] for at in order), extents(axes))
-    if first is None or last is None or len(order) != len(atoms):
-        return None
-    root, cut, turned = graph.fresh(f"{name}.root"), graph.fresh(f"{name}.cut"), graph.fresh(f"{name}.turned")
-    return [reshape(graph, root, first, cut), Node("Transpose", (cut,), (turned,), {"perm": tuple(order)}), reshape(graph, turned, last, name)]

@@ -8,10 +8,20 @@ from dataclasses import replace
 
 import numpy as np
 
-from gristmill.formats.onnx.canonical.arrangement import VIEWS, Arrangement, arrangement, is_reshape, target_of, transposed
-from gristmill.formats.onnx.canonical.dims import Size
+from gristmill.formats.onnx.canonical.arrangement import (
+    VIEWS,
+    Arrangement,
+    Axis,
+    arrangement,
+    extents,
+    regroup,
+    target_of,
+    transposed,
+    whole,
+)
+from gristmill.formats.onnx.canonical.dims import ONE
 from gristmill.formats.onnx.canonical.graph import Graph
-from gristmill.formats.onnx.canonical.shapes import permutation
+from gristmill.formats.onnx.canonical.shapes import Shape, permutation
 from gristmill.model import Model
 from gristmill.ops import Node
 
@@ -40,33 +50,14 @@ def lift_views(model: Model) -> Model:
 def _keeps_last(graph: Graph, view: Node) -> bool:
     """Whether a view leaves the last axis as it is, and can be made again with a last axis of another extent."""
     before, after = graph.shape(view.inputs[0]), graph.shape(view.name)
-    if not before or not after or before[-1] != after[-1]:
+    if not before or not after or before[-1] != after[-1] or before[-1] == ONE:
         return False
     if view.op == "Transpose":
         return permutation(view, len(before))[-1] == len(before) - 1
-    found = arrangement(graph, view.name)
-    if view.op == "Reshape" and graph.ints(view.inputs[1]) is None:
+    if view.op == "Flatten" or (view.op == "Reshape" and graph.ints(view.inputs[1]) is None):
         return False
-    root = graph.resolve(view.inputs[0])
-    one = arrangement(graph, view.name) if found is not None and found.root == root else _single(graph, view)
-    return one is not None and bool(one.axes[-1]) and one.axes[-1] == ((_last(one)),)
-
-
-def _single(graph: Graph, view: Node) -> Arrangement | None:
-    from gristmill.formats.onnx.canonical.arrangement import regroup, whole
-
-    before, after = graph.shape(view.inputs[0]), graph.shape(view.name)
-    if before is None or after is None:
-        return None
     axes = regroup(whole(before), after)
-    return None if axes is None else Arrangement(view.inputs[0], before, axes)
-
-
-def _last(found: Arrangement):  # type: ignore[no-untyped-def]
-    from gristmill.formats.onnx.canonical.arrangement import whole
-
-    axis = whole(found.shape)[-1]
-    return axis[0] if axis else None
+    return axes is not None and axes[-1] == whole(before)[-1]
 
 
 def _again(graph: Graph, view: Node, source: str, name: str, n: int) -> Node:
@@ -92,14 +83,39 @@ def cancel_views(model: Model) -> Model:
 
 
 def _shorten(graph: Graph, node: Node, found: Arrangement) -> None:
-    order = transposed(found.axes, found.shape)
+    """Put fewer views in the place of a chain of them."""
+    made = views(graph, found.root, found.shape, found.axes, node.name)
+    if made is not None and len(made) < len(found.chain):
+        graph.put(*made)
+
+
+def views(graph: Graph, root: str, shape: Shape, axes: tuple[Axis, ...], name: str) -> list[Node] | None:
+    """Return nodes that arrange a value of some shape: cut, turn, join, as far as needed. None where constants cannot say it."""
+    if not all(atom.stride.known for axis in axes for atom in axis):
+        return None
+    order = transposed(axes, shape)
     if order is not None:
-        graph.put(Node("Transpose", (found.root,), node.outputs, {"perm": order}))
-        return
-    wanted = graph.shape(node.name)
-    target = target_of(found.shape, wanted) if wanted is not None and is_reshape(found.axes, found.shape) else None
-    if target is not None:
-        graph.put(reshape(graph, found.root, target, node.name))
+        return [Node("Transpose", (root,), (name,), {"perm": order})]
+    atoms = sorted({atom for axis in axes for atom in axis}, key=lambda atom: (atom.axis, -atom.stride.number))
+    apart = tuple(atom.size for atom in atoms)
+    turn = tuple(atoms.index(atom) for axis in axes for atom in axis)
+    made: list[Node] = []
+    have = shape
+    if turn != tuple(range(len(turn))):
+        if apart != shape:
+            target = target_of(shape, apart)
+            if target is None:
+                return None
+            made.append(reshape(graph, root, target, graph.fresh(f"{name}.cut")))
+        source = made[-1].name if made else root
+        made.append(Node("Transpose", (source,), (graph.fresh(f"{name}.turned"),), {"perm": turn}))
+        have = tuple(apart[at] for at in turn)
+    if extents(axes) != have:
+        target = target_of(have, extents(axes))
+        if target is None:
+            return None
+        made.append(reshape(graph, made[-1].name if made else root, target, graph.fresh(f"{name}.joined")))
+    return [*made[:-1], replace(made[-1], outputs=(name,))] if made else None
 
 
 def reshape(graph: Graph, source: str, target: tuple[int, ...], name: str) -> Node:
