@@ -143,10 +143,12 @@ class CenterCropPad(Op):
         return [y]
 
 
-def generator(node: Node) -> np.random.Generator:
-    """A generator of the node's seed, or of fresh entropy where it has none."""
+def generator(node: Node) -> np.random.RandomState:
+    """A generator of the node's seed, or of fresh entropy where it has none. Its stream is the one that NumPy never changes."""
     seed = node.attributes.get("seed")
-    return np.random.default_rng(None if seed is None else np.frombuffer(np.float64(seed).tobytes(), np.uint32))
+    if seed is None or (isinstance(seed, int) and 0 <= seed < 2**32):
+        return np.random.RandomState(seed)
+    return np.random.RandomState(np.frombuffer(np.float64(seed).tobytes(), np.uint32))
 
 
 class Random(Op):
@@ -204,7 +206,7 @@ class Bernoulli(Random):
     attributes = {"dtype": str, "seed": float}
 
     def _draw(self, node: Node, shape: tuple[int, ...], *inputs: Array) -> Array:
-        return generator(node).random(shape) < wide(inputs[0])
+        return generator(node).random_sample(shape) < wide(inputs[0])
 
 
 class Multinomial(Random):
@@ -244,7 +246,7 @@ class Dropout(Op):
         share = 0.5 if ratio is None else float(wide(ratio).reshape(()))
         if training is None or not bool(training.reshape(())) or share == 0:
             return [x, np.ones(x.shape, BOOL)][: len(node.outputs)]
-        mask = generator(node).random(x.shape) >= share
+        mask = generator(node).random_sample(x.shape) >= share
         return [narrow(np.where(mask, wide(x) / (1 - share), 0), x.dtype), mask][: len(node.outputs)]
 
     def bind(self, node: Node, binder: Binder) -> bool:

@@ -83,6 +83,15 @@ class Builder:
         """Record something that cannot be taken over; all of it is reported at once."""
         self.lacking.setdefault(what, []).append(self.current)
 
+    def takes(self, node: Foreign) -> bool:
+        """Whether there is an operator for a node in the form that it has."""
+        outputs = [hint or f"{index}" for index, hint in enumerate(node.outputs)]
+        try:
+            infer(Node(node.op, _trimmed(node.inputs), outputs, node.attributes, node.domain), self.types, self.tensors)
+        except ModelError:
+            return False
+        return True
+
     def emit(
         self,
         op: str,

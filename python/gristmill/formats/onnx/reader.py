@@ -205,13 +205,13 @@ class _Reader:
             raise Unsupported("control flow")
         if schema is None or (schema.deprecated and node.op not in RULES):
             raise Unsupported(f"unknown in opset {node.version}")
-        if (node.domain, node.op) not in OPS and (node.domain or node.op not in RULES):
-            function = self._definition(node, schema)
-            if function is not None:
-                return self._call(_with_defaults(node, schema), function, scope)
         changed = upgrade(named_dtypes(node), self.graph)
         if not isinstance(changed, Foreign):
             return changed
+        if not self.graph.takes(changed):
+            function = self._definition(node, schema)
+            if function is not None:
+                return self._call(_with_defaults(node, schema), function, scope)
         return self.graph.emit(changed.op, changed.inputs, changed.attributes, changed.outputs, changed.domain, scope.main)
 
     def _branch(self, node: Foreign, scope: Scope) -> list[str]:
@@ -241,7 +241,7 @@ class _Reader:
             raise FormatError(f"{node}: unknown attributes {sorted(unknown)}")
         given = dict.fromkeys(known) | _defaults(function, self.folder) | node.attributes
         values = dict(zip(function.input, [*node.inputs, *[""] * len(function.input)], strict=False))
-        versions = _versions(function.opset_import, 8)
+        versions = {**scope.versions, **_versions(function.opset_import, 8)}
         inner = Scope(versions, attributes=given, values=values, calls=(*scope.calls, key))
         used = {name for name, hint in zip(function.output, node.outputs, strict=False) if hint}
         outer = self.graph.current

@@ -6,6 +6,7 @@ Specification: onnx.proto (TensorProto, TensorProto.DataLocation) and docs/Exter
 import mmap
 import os
 import stat
+import sys
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -148,12 +149,12 @@ def _external(proto: Any, needed: int, folder: Folder) -> memoryview:
 def _from_bytes(data: Any, dtype: np.dtype[Any], count: int) -> Array:
     if dtype.name in BITS:
         return _unpack(np.frombuffer(data, np.uint8), dtype, count)
-    array = np.frombuffer(data, dtype.newbyteorder("<") if dtype.kind in "iuf" else dtype, count)
+    array = np.frombuffer(data, dtype, count)
     if dtype == np.bool_ and array.view(np.uint8).max(initial=0) > 1:
         raise FormatError("booleans other than 0 and 1")
-    if array.dtype != dtype or not array.flags.aligned:
-        array = array.astype(dtype)
-    return array
+    if sys.byteorder == "big":
+        return array.byteswap()
+    return array if array.flags.aligned else array.copy()
 
 
 def _unpack(packed: Array, dtype: np.dtype[Any], count: int) -> Array:
@@ -204,8 +205,8 @@ def to_proto(name: str, array: Array) -> Any:
     data = np.ascontiguousarray(array)
     if array.dtype.name in BITS:
         data = _pack(data.reshape(-1), BITS[array.dtype.name])
-    elif array.dtype.kind in "iuf":
-        data = data.astype(array.dtype.newbyteorder("<"), copy=False)
+    elif sys.byteorder == "big":
+        data = data.byteswap()
     return TensorProto(name=name, data_type=CODES[array.dtype.name], dims=array.shape, raw_data=data.tobytes())
 
 
