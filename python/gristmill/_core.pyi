@@ -17,6 +17,8 @@ ACTIVATIONS: dict[str | None, int]
 
 class Program:
     def __len__(self) -> int: ...
+    def overlap(self) -> None:
+        """Let the next step start before all threads are done with the last one."""
     def run(self, threads: int = 1) -> None: ...
 
 def run_map(

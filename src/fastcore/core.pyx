@@ -32,6 +32,7 @@ cdef extern from "fastcore.h" nogil:
     fc_program *fc_program_new()
     void fc_program_free(fc_program *program)
     fc_status fc_program_add(fc_program *program, fc_step_fn *run, const void *args, size_t size)
+    void fc_program_overlap(fc_program *program)
     int64_t fc_program_length(const fc_program *program)
     fc_status fc_program_run(const fc_program *program, int threads)
     ctypedef struct fc_slices:
@@ -151,6 +152,10 @@ cdef class Program:
         check(fc_program_add(self.handle, run, args, size))
         self.held.append(arrays)
         return 0
+
+    def overlap(self):
+        """Let the next step start before all threads are done with the last one: neither may touch what the other writes."""
+        fc_program_overlap(self.handle)
 
     def run(self, int threads=1):
         """Run every step on at most `threads` threads, without the GIL."""

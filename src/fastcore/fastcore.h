@@ -68,8 +68,11 @@ typedef void fc_step_fn(const void *args, int rank, int size);
 typedef struct fc_program fc_program;
 fc_program *fc_program_new(void);
 void fc_program_free(fc_program *program);
-/* Append a step; `args` (size bytes) are copied. All ranks pass a barrier after each step. */
+/* Append a step; `args` (size bytes) are copied. All ranks pass a barrier after each step,
+ * but for those of fc_program_overlap. */
 fc_status fc_program_add(fc_program *program, fc_step_fn *run, const void *args, size_t size);
+/* Leave out the barrier after the last step: what comes next neither reads nor overwrites what it touches. */
+void fc_program_overlap(fc_program *program);
 int64_t fc_program_length(const fc_program *program);
 /* Run all steps on up to `threads` threads. Fewer when the process's one team is taken or cores are contended. */
 fc_status fc_program_run(const fc_program *program, int threads);

@@ -9,6 +9,7 @@
 typedef struct step {
     fc_step_fn *run;
     void *args;
+    int overlaps; /* the next step may start before all ranks are done with this one */
 } step;
 
 struct fc_program {
@@ -45,8 +46,12 @@ fc_status fc_program_add(fc_program *program, fc_step_fn *run, const void *args,
     void *copy = malloc(size ? size : 1);
     if (!copy) return FC_NO_MEMORY;
     memcpy(copy, args, size);
-    program->steps[program->length++] = (step){run, copy};
+    program->steps[program->length++] = (step){.run = run, .args = copy};
     return FC_OK;
+}
+
+void fc_program_overlap(fc_program *program) {
+    if (program->length) program->steps[program->length - 1].overlaps = 1;
 }
 
 int64_t fc_program_length(const fc_program *program) { return program->length; }
@@ -61,7 +66,7 @@ static void walk_steps(void *context, int rank, int size) {
     walk *w = context;
     for (int64_t i = 0; i < w->length; i++) {
         w->steps[i].run(w->steps[i].args, rank, size);
-        if (i + 1 < w->length) fc_barrier_wait(&w->barrier, size);
+        if (i + 1 < w->length && !w->steps[i].overlaps) fc_barrier_wait(&w->barrier, size);
     }
 }
 
@@ -99,12 +104,12 @@ fc_status fc_program_map(const fc_map *map) {
     for (int rank = 0; rank < map->ranks; rank++)
         if (map->programs[rank]->generation != fc_generation()) return FC_STALE;
     mapping m = {.map = map};
-    fc_team_run(walk_items, &m, map->items < map->ranks ? (int)map->items : map->ranks);
+    fc_pool_run(walk_items, &m, map->items < map->ranks ? (int)map->items : map->ranks);
     return FC_OK;
 }
 
 fc_status fc_run_step(fc_step_fn *run, const void *args, int threads) {
-    const step one = {run, (void *)args};
+    const step one = {.run = run, .args = (void *)args};
     walk w = {.steps = &one, .length = 1};
     fc_team_run(walk_steps, &w, threads);
     return FC_OK;

@@ -6,7 +6,7 @@ binds the steps to addresses. Steps between two Python references form one C seg
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -277,14 +277,37 @@ class Layout:
     def _place(self) -> int:
         for buffer in self.inputs.values():
             buffer.touch(-1)
-        for number, step in enumerate(self.steps):
+        alone = self.threads == 1 or self.in_place  # overlapping saves barriers and costs memory
+        self.groups = list(range(len(self.steps))) if alone else _groups(self.steps, self.inputs.values())
+        for group, step in zip(self.groups, self.steps, strict=True):
             for buffer in step.buffers():
-                buffer.touch(number)
+                buffer.touch(group)
         for buffer in self.outputs.values():
             buffer.touch(FOREVER)
         used = [b for step in self.steps for b in step.buffers()] + [*self.inputs.values(), *self.outputs.values()]
         self.packs = {arg for step in self.steps for arg in step.args if isinstance(arg, Packed)}
         return place(list({id(b.root): b.root for b in used if not b.external}.values()))
+
+
+def _groups(steps: list[Step], inputs: Iterable[Buffer]) -> list[int]:
+    """Number the steps so that steps of one number need no barrier between them: none touches what another of them makes.
+
+    A buffer is made by the step that touches it first. Steps of one node may work in place, so that they are kept apart.
+    """
+    groups: list[int] = []
+    seen = {id(buffer) for buffer in inputs}
+    made: set[int] = set()  # by the present group
+    group, before = 0, None
+    for step in steps:
+        touched = {id(buffer.root) for buffer in step.buffers()}
+        apart = before is None or before.kernel is None or step.kernel is None or step.node is before.node
+        if apart or touched & made:
+            group, made = group + 1, set()
+        made |= touched - seen
+        seen |= touched
+        before = step
+        groups.append(group)
+    return groups
 
 
 class Plan:
@@ -295,8 +318,12 @@ class Plan:
         self.outputs = {name: buffer.view(arena) for name, buffer in layout.outputs.items()}
         self.steps = layout.steps
         self.segments: list[_core.Program | Callable[[], None]] = []
-        for step in layout.steps:
+        before = None
+        for group, step in zip(layout.groups, layout.steps, strict=True):
+            if group == before:
+                self.segments[-1].overlap()  # type: ignore[union-attr]
             self._bind(step, arena, weights, layout.threads)
+            before = group
         self._arena = arena  # programs hold addresses in it
 
     def _bind(self, step: Step, arena: Array, weights: Weights, threads: int) -> None:
