@@ -70,12 +70,18 @@ def _where(condition: Any, a: Any, b: Any) -> Any:
 
 
 ELEMENTWISE: dict[str, Callable[..., Any]] = {
-    "Add": _both(lambda a, b: plus(a, b)),
+    "Add": _both(plus),
     "Sub": _both(lambda a, b: plus(a, b, -1)),
     "Mul": _both(times),
     "Div": _both(_divide),
     "Mod": _both(_modulo),
     "Equal": _equal,
+    "And": lambda a, b: False if a is False or b is False else a if isinstance(a, bool) and isinstance(b, bool) else None,
+    "Or": lambda a, b: True if a is True or b is True else a if isinstance(a, bool) and isinstance(b, bool) else None,
+    "Less": _both(lambda a, b: a.number < b.number if a.known and b.known else None),
+    "Greater": _both(lambda a, b: a.number > b.number if a.known and b.known else None),
+    "Max": _both(lambda a, b: a if a == b else Size(max(a.number, b.number)) if a.known and b.known else None),
+    "Min": _both(lambda a, b: a if a == b else Size(min(a.number, b.number)) if a.known and b.known else None),
     "Where": _where,
     "Not": lambda a: None if not isinstance(a, bool) else not a,
 }

@@ -7,13 +7,13 @@ what it gives.
 """
 
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import inf, sqrt
 from typing import Any
 
 import numpy as np
 
 from gristmill.formats.onnx.canonical.arrangement import Arrangement, Atom, Axis, arrangement, whole
-from gristmill.formats.onnx.canonical.dims import ONE, Size, times
+from gristmill.formats.onnx.canonical.dims import ONE, Size
 from gristmill.formats.onnx.canonical.graph import Graph
 from gristmill.formats.onnx.canonical.masks import CONSTANT, Masks, Table
 from gristmill.formats.onnx.canonical.views import reshape
@@ -68,15 +68,22 @@ def attentions(model: Model) -> Model:
 
 
 def _weights(graph: Graph, name: str) -> Node | None:
-    """The softmax that makes the weights; exporters replace the NaN of rows that are masked whole."""
+    """The softmax that makes the weights. Exporters put zeros where a row of scores is masked whole."""
     node = graph.maker(name, "Softmax", "Where")
     if node is not None and node.op == "Where":
-        test, other = graph.maker(node.inputs[0], "IsNaN"), node.inputs[2]
-        node = graph.maker(other, "Softmax")
-        if test is None or graph.resolve(test.inputs[0]) != graph.resolve(other):
-            return None
+        softmax = graph.maker(node.inputs[2], "Softmax")
+        node = softmax if softmax is not None and _masked_whole(graph, node.inputs[0], softmax.name) else None
     shape = graph.shape(node.name) if node is not None else None
     return node if node is not None and shape and node.attributes.get("axis", -1) in (-1, len(shape) - 1) else None
+
+
+def _masked_whole(graph: Graph, name: str, softmax: str) -> bool:
+    """Whether a condition holds at most where a row of scores is masked whole: weights are NaN there, or no bias is above -inf."""
+    test = graph.maker(name, "IsNaN", "Equal")
+    if test is None or test.op == "IsNaN":
+        return test is not None and graph.resolve(test.inputs[0]) == softmax
+    top = graph.maker(test.inputs[0], "ReduceMax")
+    return top is not None and graph.scalar(test.inputs[1]) == -inf and graph.ints(top.input(1)) in ((-1,), (3,))
 
 
 def _from_products(graph: Graph, masks: Masks, node: Node, softmax: Node) -> None:
@@ -268,6 +275,3 @@ def _attended(graph: Graph, table: Table) -> str:
     if graph.maker(name) is None:
         graph.put(Node("Cast", (source,), (name,), {"to": "int64"}))
     return name
-
-
-__all__ = ["attentions", "times"]

@@ -15,8 +15,8 @@ from gristmill.formats.onnx.canonical.dims import Size, size
 from gristmill.formats.onnx.canonical.shapes import BOOLEAN, RULES, Shape, broadcast
 from gristmill.model import Model
 from gristmill.ops import Node, TensorType, find
-from gristmill.ops.op import Undetermined
-from gristmill.tensor import Dense
+from gristmill.ops.op import UNKNOWN, Undetermined
+from gristmill.tensor import Dense, Tensor
 
 BROADCASTS = {"BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Einsum", "MatMulInteger", "QLinearMatMul"}  # in ways not followed
 LONGEST = 64  # elements of a vector that is followed
@@ -39,12 +39,30 @@ class Facts:
         for name, kind in model.inputs.items():
             self.shapes[name], self.dtypes[name] = tuple(size(dim) for dim in kind.shape), kind.dtype
         for name, tensor in model.tensors.items():
-            self.shapes[name], self.dtypes[name] = tuple(size(dim) for dim in tensor.shape), tensor.dtype
-            if isinstance(tensor, Dense) and tensor.array.size <= LONGEST and tensor.dtype.kind in "iub" and len(tensor.shape) < 2:
-                whole = tensor.array.reshape(-1).tolist()
-                self.contents[name] = tuple(v if isinstance(v, bool) else Size(v) for v in whole)
+            self.hold(name, tensor)
         for node in model.nodes:
-            self._learn(node)
+            self.learn(node)
+
+    def hold(self, name: str, tensor: Tensor) -> None:
+        """Take in a constant."""
+        self.shapes[name], self.dtypes[name] = tuple(map(size, tensor.shape)), tensor.dtype
+        if isinstance(tensor, Dense) and tensor.array.size <= LONGEST and tensor.dtype.kind in "iub" and len(tensor.shape) < 2:
+            values = tensor.array.reshape(-1).tolist()
+            self.contents[name] = tuple(v if isinstance(v, bool) else Size(v) for v in values)
+
+    def learn(self, node: Node) -> None:
+        """Take in a node whose inputs have been taken in."""
+        kinds = [self.model.types.get(name, UNKNOWN) for name in node.outputs]
+        shapes = self._shapes_of(node, kinds)
+        for name, kind, shape in zip(node.outputs, kinds, shapes, strict=False):
+            if shape is not None:
+                self.shapes.setdefault(name, shape)
+            dtype = kind.dtype if kind.known else self._dtype_of(node)
+            if dtype is not None:
+                self.dtypes[name] = dtype
+        made = evaluate(self, node)
+        if made is not None and len(made) <= LONGEST and len(self.shapes.get(node.name, ((),))) < 2:
+            self.contents[node.name] = made
 
     def ints(self, name: str) -> list[int] | None:
         """The value of a vector of integers that is known whole."""
@@ -55,19 +73,6 @@ class Facts:
 
     def rank(self, name: str) -> int | None:
         return len(self.shapes[name]) if name in self.shapes else None
-
-    def _learn(self, node: Node) -> None:
-        kinds = [self.model.types[name] for name in node.outputs]
-        shapes = self._shapes_of(node, kinds)
-        for name, kind, shape in zip(node.outputs, kinds, shapes, strict=False):
-            if shape is not None:
-                self.shapes[name] = shape
-            dtype = kind.dtype if kind.known else self._dtype_of(node)
-            if dtype is not None:
-                self.dtypes[name] = dtype
-        made = evaluate(self, node)
-        if made is not None and len(made) <= LONGEST and len(self.shapes.get(node.name, ((),))) < 2:
-            self.contents[node.name] = made
 
     def _shapes_of(self, node: Node, kinds: list[TensorType]) -> list[Shape | None]:
         if node.op in RULES:
@@ -103,7 +108,7 @@ class Facts:
             return np.dtype(node.attributes["to"]) if node.attributes["to"] in np.sctypeDict else None
         if node.op in ("ConstantOfShape", "DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger"):
             return None
-        at = 1 if node.op == "Where" else 0
+        at = 1 if node.op in ("Where", "CastLike") else 0
         return self.dtypes.get(node.input(at))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from gristmill.errors import GristmillError
 from gristmill.formats.onnx.canonical.arrangement import target_of
-from gristmill.formats.onnx.canonical.dims import Size
+from gristmill.formats.onnx.canonical.dims import Size, product
 from gristmill.formats.onnx.canonical.facts import Facts, broadcast
 from gristmill.formats.onnx.canonical.graph import Graph
 from gristmill.formats.onnx.canonical.shapes import BINARY, permutation
@@ -70,6 +70,8 @@ def _dropped(graph: Graph, node: Node) -> None:
         graph.alias(node.name, kept)
     elif node.op == "And" and (kept := _true_and(graph, node)) is not None:
         graph.alias(node.name, kept)
+    elif node.op == "CastLike":
+        _fix_dtype(graph, node)
     elif node.op == "Reshape" and graph.ints(node.inputs[1]) is None:
         _fix_target(graph, node)
     elif node.op in BINARY:
@@ -127,10 +129,21 @@ def _true_and(graph: Graph, node: Node) -> str | None:
     return None
 
 
+def _fix_dtype(graph: Graph, node: Node) -> None:
+    dtype, value = graph.dtype(node.inputs[1]), graph.constant(node.inputs[0])
+    if dtype is None or dtype.kind not in "fiub":
+        return
+    if value is not None and value.size == 1:
+        graph.alias(node.name, graph.tensor(value.astype(dtype), f"{node.name}.value"))
+    else:
+        graph.put(Node("Cast", node.inputs[:1], node.outputs, {"to": dtype.name}))
+
+
 def _fix_target(graph: Graph, node: Node) -> None:
     before, after = graph.shape(node.inputs[0]), graph.facts.shapes.get(node.name)
     target = target_of(before, after) if before is not None and after is not None else None
-    if target is not None:
+    # What -1 stands for must be what the node was told, lest a reshape that must fail succeeds.
+    if target is not None and (-1 not in target or product(before or ()) == product(after or ())):
         shape = graph.tensor(np.array(target, np.int64), f"{node.name}.shape")
         graph.put(Node("Reshape", (node.inputs[0], shape), node.outputs))
 

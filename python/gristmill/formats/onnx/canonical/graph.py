@@ -38,7 +38,7 @@ class Graph:
 
     @cached_property
     def facts(self) -> Facts:
-        """The shapes and shape arithmetic of the model as it was when the pass began."""
+        """Shapes and shape arithmetic, those of added nodes included."""
         return Facts(self.model)
 
     def walk(self, *ops: str) -> Iterator[Node]:
@@ -106,6 +106,8 @@ class Graph:
             self._uses.update(node.inputs)
             self._added.append(node)
             self._makers |= dict.fromkeys(node.outputs, node)
+            if "facts" in self.__dict__:
+                self.facts.learn(node)
 
     def alias(self, name: str, other: str) -> None:
         """Let readers of a value read another, which is equal."""
@@ -118,6 +120,8 @@ class Graph:
         """Add a constant and return its name."""
         name = self.fresh(hint)
         self.tensors[name] = tensor if not isinstance(tensor, np.ndarray) else Dense(tensor)
+        if "facts" in self.__dict__:
+            self.facts.hold(name, self.tensors[name])
         return name
 
     def fresh(self, hint: str) -> str:
