@@ -17,6 +17,9 @@ FOLDED = 1 << 16  # elements that a result may have beyond those of what it is c
 KEPT = {"DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger"}  # what the pass `quantized` reads
 
 
+NEUTRAL = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1, "And": True}
+
+
 def fold(model: Model) -> Model:
     """Compute what depends on constants alone, also where a constant is the extent of a dimension; then drop what does nothing."""
     graph = Graph(model)
@@ -66,9 +69,9 @@ def _dropped(graph: Graph, node: Node) -> None:
     """Let readers of a node that changes nothing read its input; make the shape of a Reshape a constant."""
     if node.op in NOTHING and NOTHING[node.op](graph, node) and not any(map(graph.is_read, node.outputs[1:])):
         graph.alias(node.name, node.inputs[0])
-    elif node.op in ("Add", "Sub", "Mul", "Div") and (kept := _neutral(graph, node)) is not None:
+    elif node.op in NEUTRAL and (kept := _neutral(graph, node)) is not None:
         graph.alias(node.name, kept)
-    elif node.op == "And" and (kept := _true_and(graph, node)) is not None:
+    elif node.op == "Where" and (kept := _chosen(graph, node)) is not None:
         graph.alias(node.name, kept)
     elif node.op == "CastLike":
         _fix_dtype(graph, node)
@@ -114,19 +117,23 @@ NOTHING = {
 
 
 def _neutral(graph: Graph, node: Node) -> str | None:
-    """The other operand of x + 0, x - 0, x * 1 and x / 1."""
-    found = graph.split_scalar(node)
-    if found is None or found[1] != (1 if node.op in ("Mul", "Div") else 0):
-        return None
-    return found[0] if node.op in ("Add", "Mul") or found[0] == node.inputs[0] else None
-
-
-def _true_and(graph: Graph, node: Node) -> str | None:
-    for name, other in (node.inputs, node.inputs[::-1]):
-        value, shape = graph.constant(name), graph.shape(other)
-        if value is not None and value.all() and shape is not None and shape == graph.facts.shapes.get(node.name):
+    """The other operand of x + 0, x - 0, x * 1, x / 1 and true & x."""
+    wanted = NEUTRAL[node.op]
+    made = graph.facts.shapes.get(node.name)
+    for name, other in (node.inputs[::-1], node.inputs) if node.op in ("Add", "Mul", "And") else (node.inputs[::-1],):
+        value = graph.constant(name)
+        if value is not None and made is not None and graph.shape(other) == made and value.size and (value == wanted).all():
             return other
     return None
+
+
+def _chosen(graph: Graph, node: Node) -> str | None:
+    """What a Where with a constant condition chooses."""
+    value, made = graph.constant(node.inputs[0]), graph.facts.shapes.get(node.name)
+    if value is None or made is None or not value.size or not (value == value.reshape(-1)[0]).all():
+        return None
+    name = node.inputs[1 if value.reshape(-1)[0] else 2]
+    return name if graph.shape(name) == made else None
 
 
 def _fix_dtype(graph: Graph, node: Node) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from gristmill.formats.onnx.canonical.arrangement import Atom, Axis, VIEWS, regroup, whole
 from gristmill.formats.onnx.canonical.dims import ONE, Size, product, times
 from gristmill.formats.onnx.canonical.graph import Graph
-from gristmill.formats.onnx.canonical.shapes import BOOLEAN, Shape, permutation
+from gristmill.formats.onnx.canonical.shapes import BOOLEAN, Shape, broadcast, permutation
 from gristmill.ops import Node, find
 
 CONSTANT = -1  # the axis of atoms along which a value does not change
@@ -42,11 +42,18 @@ class Table:
 class Grid:
     """Indices: the sum over axes of a step times the place along the axis, none of them negative."""
 
-    steps: tuple[Size | None, ...]  # None for an axis of extent 1
+    steps: tuple[Size | None, ...]  # None for an axis along which they do not change
     shape: Shape
 
 
-Known = Table | Grid
+@dataclass(frozen=True)
+class Grids:
+    """Indices of several axes, side by side in the last axis."""
+
+    grids: tuple[Grid, ...]
+
+
+Known = Table | Grid | Grids
 
 
 class Masks:
@@ -80,7 +87,7 @@ class Masks:
             names = [name for name in node.inputs if name]
         elif node.op in VIEWS or node.op == "Expand":
             names = [node.inputs[0]]
-        elif node.op == "Gather":
+        elif node.op in ("Gather", "GatherND", "Concat"):
             names = list(node.inputs)
         else:
             names = []
@@ -112,8 +119,10 @@ class Masks:
             return None
         if node.op in ELEMENTWISE:
             return self._apply(node, [parent for parent in parents if isinstance(parent, Table)])
-        if node.op == "Gather":
-            return _gathered(node, parents[0], parents[1])
+        if node.op == "Concat":
+            return _beside(node, parents)
+        if node.op in ("Gather", "GatherND"):
+            return (_gathered if node.op == "Gather" else _gathered_nd)(node, parents[0], parents[1])
         parent = parents[0]
         return self._moved(node, parent) if isinstance(parent, Table) else self._grid_moved(node, parent)
 
@@ -172,10 +181,12 @@ class Masks:
         shape = self.graph.shape(node.name)
         if not isinstance(grid, Grid) or shape is None or node.op == "Transpose":
             return None
+        if node.op == "Expand":
+            return Grid((None,) * (len(shape) - len(grid.steps)) + grid.steps, shape)
         if [dim for dim in shape if dim != ONE] != [dim for dim in grid.shape if dim != ONE]:
             return None
-        steps = iter([step for step in grid.steps if step is not None])
-        return Grid(tuple(None if dim == ONE else next(steps, None) for dim in shape), shape)
+        steps = iter([step for step, dim in zip(grid.steps, grid.shape, strict=True) if dim != ONE])
+        return Grid(tuple(None if dim == ONE else next(steps) for dim in shape), shape)
 
     def _range(self, node: Node) -> Grid | None:
         shape = self.graph.shape(node.name)
@@ -229,14 +240,12 @@ def _joined(parts: list[tuple[Axis, ...]]) -> tuple[Axis, ...] | None:
 def _added(a: Grid, b: Grid) -> Grid | None:
     rank = max(len(a.shape), len(b.shape))
     steps: list[Size | None] = []
-    shape: list[Size] = []
     for at in range(-rank, 0):
-        here = [(g.steps[at], g.shape[at]) for g in (a, b) if -at <= len(g.shape) and g.steps[at] is not None]
+        here = [grid.steps[at] for grid in (a, b) if -at <= len(grid.shape) and grid.steps[at] is not None]
         if len(here) > 1:
             return None
-        steps.append(here[0][0] if here else None)
-        shape.append(here[0][1] if here else ONE)
-    return Grid(tuple(steps), tuple(shape))
+        steps.append(here[0] if here else None)
+    return Grid(tuple(steps), broadcast([a.shape, b.shape]))
 
 
 def _scaled(grid: Grid, step: Size) -> Grid:
@@ -251,10 +260,40 @@ def _gathered(node: Node, data: Known | None, index: Known | None) -> Table | No
     for atom in reversed(data.axes[0]):
         wanted[stride, atom.size] = atom
         stride = times(stride, atom.size)
-    made: list[Axis] = []
-    for step, dim in zip(index.steps, index.shape, strict=True):
-        atom = wanted.pop((step, dim), None) if step is not None else None
-        if step is not None and atom is None:
+    axes = _indexed(index, wanted)
+    return None if axes is None else replace(data, axes=(*axes, *data.axes[1:]))
+
+
+def _gathered_nd(node: Node, data: Known | None, index: Known | None) -> Table | None:
+    """Gather by grids of which each runs along one axis of the data."""
+    if not isinstance(data, Table) or not isinstance(index, Grids) or node.attributes.get("batch_dims", 0) != 0:
+        return None
+    if len(index.grids) > len(data.axes):
+        return None
+    parts = []
+    for grid, axis in zip(index.grids, data.axes, strict=False):
+        axes = _indexed(Grid(grid.steps[:-1], grid.shape[:-1]), {(ONE, product([atom.size for atom in axis])): axis} if axis else {})
+        if axes is None:
             return None
-        made.append(() if atom is None else (atom,))
-    return None if wanted else replace(data, axes=(*made, *data.axes[1:]))
+        parts.append(axes)
+    joined = _joined(parts)
+    return None if joined is None else replace(data, axes=(*joined, *data.axes[len(index.grids) :]))
+
+
+def _indexed(grid: Grid, wanted: dict[tuple[Size, Size], Any]) -> tuple[Axis, ...] | None:
+    """The axes of what indices choose, each step and extent of which must be one of those wanted, and each wanted one there."""
+    made: list[Axis] = []
+    wanted = dict(wanted)
+    for step, dim in zip(grid.steps, grid.shape, strict=True):
+        found = wanted.pop((step, dim), None) if step is not None else None
+        if step is not None and found is None:
+            return None
+        made.append(_filling((dim,))[0] if found is None else found if isinstance(found, tuple) else (found,))
+    return None if wanted else tuple(made)
+
+
+def _beside(node: Node, parents: Sequence[Known | None]) -> Grids | None:
+    grids = [parent for parent in parents if isinstance(parent, Grid)]
+    rank = len(grids[0].shape) if grids else 0
+    last = node.attributes["axis"] in (-1, rank - 1) and all(grid.shape[-1:] == (ONE,) for grid in grids)
+    return Grids(tuple(grids)) if len(grids) == len(parents) and last else None
