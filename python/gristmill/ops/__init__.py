@@ -23,14 +23,16 @@ from gristmill.ops import (
     normalization,
     pooling,
     quantization,
+    recurrent,
     reduction,
     shape,
+    signal,
     token_pooling,
 )
 from gristmill.ops.op import GRAD, OWN, Node, Op, TensorType
 
 _MODULES = (
-    activation, arithmetic, attention, batch, cast, convolution, elementwise, embedding, fill, gather, image, indexing, linear, loss, matmul, normalization, pooling, quantization, reduction, shape, token_pooling,
+    activation, arithmetic, attention, batch, cast, convolution, elementwise, embedding, fill, gather, image, indexing, linear, loss, matmul, normalization, pooling, quantization, recurrent, reduction, shape, signal, token_pooling,
 )  # fmt: skip
 
 OPS: dict[tuple[str, str], Op] = {(op.domain, op.name): op() for module in _MODULES for op in module.OPERATORS}

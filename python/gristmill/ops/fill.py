@@ -1,11 +1,11 @@
-"""Values made up from few: Range, EyeLike, Pad and CenterCropPad; and random ones, Dropout among them."""
+"""Values made up from few: Range, EyeLike and Pad; and random ones, Dropout among them."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
-from gristmill.ops.axes import at, axes_of, first, ints, value, with_dim
+from gristmill.ops.axes import at, axes_of, first, ints, value
 from gristmill.ops.dtypes import BOOL, FLOAT, dtype_of, is_float, narrow, wide
 from gristmill.ops.op import Binder, Dim, Node, Op, TensorType, Undetermined, fresh_dim, need
 from gristmill.tensor import Tensor
@@ -105,41 +105,6 @@ class Pad(Op):
         if constant is not None and constant.size:
             y[...] = constant.reshape(-1)[0]
         y[tuple(slice(before, before + dim) for dim, (before, _) in zip(x.shape, grown, strict=True))] = x
-        return [y]
-
-
-class CenterCropPad(Op):
-    """x cut or padded with zeros around its centre to a shape, the second input, along some axes."""
-
-    name = "CenterCropPad"
-    arity = (2, 2)
-    attributes = {"axes": tuple}
-
-    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        x = first(types)
-        axes = axes_of(node, node.attributes.get("axes", range(len(x.shape))), len(x.shape))
-        shape: Sequence[Dim]
-        try:
-            shape = ints(value(1, types, constants)) or []
-        except Undetermined:
-            shape = [fresh_dim(node, axis) for axis in axes]
-        need(len(shape) == len(axes), node, f"{len(shape)} extents are given for {len(axes)} axes")
-        made = x.shape
-        for axis, dim in zip(axes, shape, strict=True):
-            made = with_dim(made, axis, dim)
-        return [TensorType(x.dtype, made)]
-
-    def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        y = inputs[0]
-        axes = axes_of(node, node.attributes.get("axes", range(y.ndim)), y.ndim)
-        for axis, want in zip(axes, ints(inputs[1]) or [], strict=True):
-            have = y.shape[axis]
-            if want <= have:
-                y = np.take(y, np.arange((have - want) // 2, (have - want) // 2 + want), axis)
-            else:
-                padded = np.zeros((*y.shape[:axis], want, *y.shape[axis + 1 :]), y.dtype)
-                np.moveaxis(padded, axis, 0)[(want - have) // 2 :][:have] = np.moveaxis(y, axis, 0)
-                y = padded
         return [y]
 
 
@@ -256,6 +221,6 @@ class Dropout(Op):
 
 
 OPERATORS = (
-    *(Range, EyeLike, Pad, CenterCropPad),
+    *(Range, EyeLike, Pad),
     *(RandomNormal, RandomUniform, RandomNormalLike, RandomUniformLike, Bernoulli, Multinomial, Dropout),
 )

@@ -172,7 +172,7 @@ class TensorScatter(Op):
         need(axis > 0, node, "axis 0 is that of the batch")
         fits = all(i == axis or same_dim(a, b) for i, (a, b) in enumerate(zip(cache.shape, update.shape, strict=True)))
         need(fits, node, f"the cache is {cache} but the update {update}")
-        need(node.attributes.get("mode", "linear") in ("linear", "circular"), node, f"unknown mode {node.attributes['mode']}")
+        need(node.attributes.get("mode", "linear") in ("linear", "circular"), node, f"unknown mode {node.attributes.get('mode')}")
         return [cache]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:

@@ -1,4 +1,4 @@
-"""LayerNormalization, RMSNormalization and Softmax, and the gradients of those over the last dimension."""
+"""LayerNormalization, Softmax, LogSoftmax and LpNormalization, and the gradients of those over the last dimension."""
 
 from collections.abc import Sequence
 from math import prod
@@ -92,7 +92,9 @@ class LayerNormalization(Op):
     def separable(
         self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
     ) -> bool:
-        return list(split) == [True] + [False] * (len(split) - 1) and len(made[0].shape) > 1
+        rank = len(made[0].shape)
+        alone = list(split) == [True] + [False] * (len(split) - 1)
+        return alone and rank > 1 and axis_of(node, node.attributes.get("axis", -1), rank) > 0
 
     def bind(self, node: Node, binder: Binder) -> bool:
         x = binder.rows(node.inputs[0])
@@ -107,28 +109,6 @@ class LayerNormalization(Op):
         epsilon = node.attributes.get("epsilon", EPSILON)
         binder.step(_core.layer_norm, x.reshape(rows, columns), gamma, beta, epsilon, out)
         return True
-
-
-class RMSNormalization(Op):
-    """y = x / sqrt(mean(x^2) + epsilon) * scale over the dimensions from `axis` on (ONNX opset 23)."""
-
-    name = "RMSNormalization"
-    arity = (2, 2)
-    attributes = {"axis": int, "epsilon": float, "stash_type": str}
-
-    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        scale = types[1]
-        assert scale is not None
-        normalized_axes(node, first(types), TensorType(first(types).dtype, scale.shape))
-        return [TensorType(scale.dtype, first(types).shape)]
-
-    def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        x, scale = inputs
-        axes = tuple(range(axis_of(node, node.attributes.get("axis", -1), x.ndim), x.ndim))
-        wider = x.astype(np.float64)
-        mean = (wider**2).mean(axis=axes, keepdims=True)
-        y = wider / np.sqrt(mean + node.attributes.get("epsilon", EPSILON))
-        return [narrow(y * wide(scale), scale.dtype)]
 
 
 class LayerNormalizationGrad(Op):
@@ -167,8 +147,8 @@ class LayerNormalizationGrad(Op):
 
 
 def softmax(x: Array, axis: int = -1) -> Array:
-    """The softmax along a dimension, in float64."""
-    wider = x.astype(np.float64)
+    """The softmax along a dimension, in float64; in float16 every step rounds, as in the standard's definition."""
+    wider = x if x.dtype == np.float16 else x.astype(np.float64)
     with np.errstate(invalid="ignore"):
         e = np.exp(wider - wider.max(axis=axis, keepdims=True, initial=-np.inf))
         return e / e.sum(axis=axis, keepdims=True)
@@ -304,6 +284,11 @@ class LpNormalizationGrad(Op):
 
 
 OPERATORS = (
-    LayerNormalization, LayerNormalizationGrad, RMSNormalization, Softmax, SoftmaxGrad, LogSoftmax, LpNormalization,
+    LayerNormalization,
+    LayerNormalizationGrad,
+    Softmax,
+    SoftmaxGrad,
+    LogSoftmax,
+    LpNormalization,
     LpNormalizationGrad,
-)  # fmt: skip
+)

@@ -7,7 +7,7 @@ import numpy as np
 
 from gristmill.ops.axes import at, axes_of, axis_of, first, ints, value, with_dim
 from gristmill.ops.dtypes import INT64, is_float, narrow, wide
-from gristmill.ops.op import GRAD, Dim, Node, Op, Tape, TensorType, Undetermined, fresh_dim, need, same_dim
+from gristmill.ops.op import GRAD, Dim, Node, Op, Tape, TensorType, Undetermined, fresh_dim, need
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
 
@@ -242,64 +242,7 @@ class Hardmax(Op):
         return [y]
 
 
-class LpNormalization(Op):
-    """x / ||x||_p along an axis; 0 where the norm is 0."""
-
-    name = "LpNormalization"
-    arity = (1, 1)
-    attributes = {"axis": int, "p": int}
-
-    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        axis_of(node, node.attributes.get("axis", -1), len(first(types).shape))
-        need(node.attributes.get("p", 2) in (1, 2), node, "p must be 1 or 2")
-        return [first(types)]
-
-    def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        x = wide(inputs[0]).astype(np.float64)
-        norm = np.linalg.norm(x, node.attributes.get("p", 2), axis=node.attributes.get("axis", -1), keepdims=True)
-        return [narrow(np.divide(x, norm, out=np.zeros_like(x), where=norm != 0), inputs[0].dtype)]
-
-
-class Einsum(Op):
-    """Sums of products by an equation, with the letters and the ellipsis of NumPy's einsum."""
-
-    name = "Einsum"
-    arity = (1, 2**31)
-    attributes = {"equation": str}
-
-    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        left, arrow, right = node.attributes["equation"].replace(" ", "").partition("->")
-        terms = left.split(",")
-        need(len(terms) == len(types), node, f"the equation {left!r} names {len(terms)} inputs, there are {len(types)}")
-        dims: dict[str, Dim] = {}
-        spread: tuple[Dim, ...] = ()
-        for term, kind in zip(terms, types, strict=True):
-            assert kind is not None
-            before, dots, after = term.partition("...")
-            extra = len(kind.shape) - len(before) - len(after)
-            need(extra >= 0 and (bool(dots) or extra == 0), node, f"the term {term!r} does not fit {kind}")
-            body = kind.shape[len(before) : len(before) + extra]
-            spread = body if len(body) > len(spread) else spread
-            rest = (*kind.shape[: len(before)], *kind.shape[len(before) + extra :])
-            for letter, dim in zip(before + after, rest, strict=True):
-                known = dims.setdefault(letter, dim)
-                need(same_dim(known, dim) or 1 in (known, dim), node, f"'{letter}' is both {known} and {dim}")
-                dims[letter] = dim if isinstance(known, str) or known == 1 else known
-        if not arrow:
-            every = left.replace(",", "").replace(".", "")
-            right = ("..." if spread else "") + "".join(sorted(letter for letter in set(every) if every.count(letter) == 1))
-        need(set(right.replace(".", "")) <= dims.keys(), node, f"the output {right!r} names an unknown dimension")
-        before, _, after = right.partition("...")
-        middle = spread if "..." in right else ()
-        shape = (*(dims[letter] for letter in before), *middle, *(dims[letter] for letter in after))
-        return [TensorType(first(types).dtype, shape)]
-
-    def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        y = np.einsum(node.attributes["equation"].replace(" ", ""), *map(wide, inputs), optimize="greedy")
-        return [narrow(y, inputs[0].dtype)]
-
-
 OPERATORS = (
     *(_reduction(name, function) for name, function in REDUCTIONS.items()),
-    *(ReductionGrad, ArgMax, ArgMin, CumSum, CumProd, TopK, Hardmax, LpNormalization, Einsum),
+    *(ReductionGrad, ArgMax, ArgMin, CumSum, CumProd, TopK, Hardmax),
 )

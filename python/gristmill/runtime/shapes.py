@@ -5,6 +5,7 @@ Shape arithmetic (Shape, Gather, Concat ... Reshape) is evaluated here, when a r
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 from gristmill.model import Model
 from gristmill.ops import Node, TensorType, find
@@ -37,7 +38,10 @@ def determine(model: Model, given: Mapping[str, TensorType], trainable: Mapping[
         if any(kind is not None and not kind.known for kind in kinds):
             made = None
         else:
-            made = _fold(node, model, kinds, shapes, trainable) or _infer(node, model, kinds, shapes)
+            made = _infer(node, model, kinds, shapes)
+            # Nothing is computed before its size is known. Where that depends on values (NonZero), small inputs bound it.
+            if made is None or all(prod(kind.extents) <= FOLDED for kind in made):
+                made = _fold(node, model, kinds, shapes, trainable) or made
         if made is None:
             made = [UNKNOWN] * len(node.outputs)
             shapes.pending.append(node)

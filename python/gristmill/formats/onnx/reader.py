@@ -1,4 +1,4 @@
-"""ModelProto to Model: functions and constant branches inlined, older opsets upgraded, names made unique, what no output needs dropped.
+"""ModelProto to Model: functions and known branches inlined, older opsets upgraded, names made unique, dead nodes dropped.
 
 Specification: docs/IR.md of the onnx project. The file is untrusted: whatever rule it breaks, the error says which.
 """
@@ -14,11 +14,13 @@ import numpy as np
 
 from gristmill.errors import FormatError, GristmillError, MissingExtraError
 from gristmill.formats.onnx.builder import Builder
+from gristmill.formats.onnx.control import NAME as CONTROL
+from gristmill.formats.onnx.control import chosen, progresses_by, progression
 from gristmill.formats.onnx.foreign import Foreign, Unsupported, check, named_dtypes, read_attributes, schema_of
 from gristmill.formats.onnx.tensors import Folder, dtype_of, to_array
 from gristmill.formats.onnx.upgrade import NEWEST, RULES, upgrade
 from gristmill.model import Model
-from gristmill.ops import OPS, Node, TensorType
+from gristmill.ops import Node, TensorType
 
 DEPTH = 64  # of functions within functions and branches within branches
 LISTED = 5  # nodes named for each operator that is missing
@@ -201,24 +203,25 @@ class _Reader:
             return [self.graph.constant(_constant(node), node.outputs[0], scope.main)]
         if node.op == "If" and not node.domain:
             return self._branch(node, scope)
+        delta = progresses_by(node) if node.op == "Loop" and not node.domain else None
+        if delta is not None:
+            return progression(node, scope.find(delta), self.graph)
         if any(hasattr(value, "node") for value in node.attributes.values()):
-            raise Unsupported("control flow")
+            raise Unsupported(CONTROL)
         if schema is None or (schema.deprecated and node.op not in RULES):
             raise Unsupported(f"unknown in opset {node.version}")
         changed = upgrade(named_dtypes(node), self.graph)
         if not isinstance(changed, Foreign):
             return changed
         if not self.graph.takes(changed):
-            function = self._definition(node, schema)
+            whole = _with_defaults(node, schema)
+            function = self._definition(whole, schema)
             if function is not None:
-                return self._call(_with_defaults(node, schema), function, scope)
+                return self._call(whole, function, scope)
         return self.graph.emit(changed.op, changed.inputs, changed.attributes, changed.outputs, changed.domain, scope.main)
 
     def _branch(self, node: Foreign, scope: Scope) -> list[str]:
-        condition = self.graph.value(node.inputs[0])
-        if condition is None or condition.size != 1:
-            raise Unsupported("a condition that is not constant")
-        branch = node.get("then_branch" if condition.reshape(()) else "else_branch")
+        branch = chosen(node, self.graph)
         if len(scope.calls) == DEPTH:
             raise FormatError(f"{node}: branches and functions nest deeper than {DEPTH}")
         inner = Scope(scope.versions, outer=scope, attributes=scope.attributes, calls=(*scope.calls, None))
@@ -354,7 +357,7 @@ def _constant(node: Foreign) -> Any:
     if len(node.attributes) != 1:
         raise FormatError(f"{node}: one value is needed, it has {sorted(node.attributes)}")
     key, value = next(iter(node.attributes.items()))
-    dtypes = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
+    dtypes = {"value_float": "float32", "value_floats": "float32", "value_int": "int64", "value_ints": "int64"}
     if key == "value":
         return value
     if key not in dtypes:

@@ -1,4 +1,4 @@
-"""TensorProto to array and back. What a tensor claims about its size is held against the bytes that exist before any is allocated.
+"""TensorProto to array and back. What a tensor claims about its size is held against the bytes that exist, before any use.
 
 Specification: onnx.proto (TensorProto, TensorProto.DataLocation) and docs/ExternalData.md of the onnx project.
 """

@@ -279,7 +279,8 @@ def recurrent_6(node: Foreign, graph: Builder) -> Foreign:
 
 
 _AXES = (
-    "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSumSquare",
+    "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
+    "ReduceSumSquare",
 )  # fmt: skip
 _CONSUMED = (
     "Abs", "Ceil", "Elu", "Exp", "Floor", "HardSigmoid", "InstanceNormalization", "LeakyRelu", "Log", "Max", "Mean", "Min", "Neg",
@@ -290,9 +291,9 @@ _BROADCAST = ("Add", "And", "Div", "Equal", "Greater", "Less", "Mul", "Or", "Pow
 # (before this opset, rule), in rising order
 RULES: dict[str, tuple[tuple[int, Rule], ...]] = {
     **{op: ((6, drop("consumed_inputs")),) for op in _CONSUMED},
-    **{op: ((7, broadcast_6),) for op in _BROADCAST},
+    **dict.fromkeys(_BROADCAST, ((7, broadcast_6),)),
     **{op: ((18, attribute_to_input("axes", 1)),) for op in _AXES},
-    **{op: ((13, flattened),) for op in ("Softmax", "LogSoftmax", "Hardmax")},
+    **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax"), ((13, flattened),)),
     "ReduceSum": ((13, attribute_to_input("axes", 1)),),
     "Squeeze": ((13, attribute_to_input("axes", 1)),),
     "Unsqueeze": ((13, attribute_to_input("axes", 1)),),
