@@ -42,7 +42,7 @@ def isa_generation() -> int: ...
 def slots() -> dict[str, tuple[str, str, str]]: ...
 def has_threads() -> bool: ...
 def packed_nbytes(pack: Callable[..., Any], weight: Weight) -> int:
-    """Bytes that pack_dense, pack_int8 or pack_sparse will make of a weight."""
+    """Bytes that pack_dense, pack_int8, pack_sparse or a ConvolutionPacker will make of a weight."""
 
 # ---- aggregate: flat float32 vectors ----
 
@@ -281,3 +281,74 @@ def sparse_linear_int8(
 
     codes: uint8, flat, of [K / 4][M rounded up to 16][4]: q + 128, padded with 128; K < 131072.
     """
+
+# ---- vision: float32 images [N, C, H, W] ----
+# `geometry` is (kernel, strides, dilations, pads before), each (y, x); elements outside the image are padding.
+
+_Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]]
+
+WINDOW_LIMITS: tuple[int, int]
+"""The most of an extent of a kernel, stride or dilation, and of an extent of a dilated kernel or padding."""
+
+class PackedConvolution:
+    """A constant convolution weight in the tile layout of this ISA."""
+
+    shape: tuple[int, int]
+    group: int
+    taps: int
+    nbytes: int
+
+class ConvolutionPacker:
+    """Packs a Weight [filters, channels / group * taps]; equal ones pack alike."""
+
+    group: int
+    taps: int
+    __name__: str
+    def __init__(self, group: int, taps: int) -> None: ...
+    def packed_nbytes(self, weight: Weight) -> int: ...
+    def __call__(self, weight: Weight, threads: int = 1) -> PackedConvolution: ...
+
+def convolution_scratch(
+    image: tuple[int, int], out: tuple[int, int], geometry: _Geometry, channels: int, group: int, threads: int
+) -> int:
+    """Bytes of scratch of a convolution or, with channels = 0, a pool; with less, they run on fewer threads."""
+
+def convolution(
+    program: Program,
+    x: Array,
+    weight: PackedConvolution | Array,
+    out: Array,
+    geometry: _Geometry,
+    group: int,
+    bias: Array | None,
+    addend: Array | None,
+    low: float,
+    high: float,
+    activation: str | None,
+    scratch: Array,
+) -> None:
+    """out[N,M,OH,OW] = activation(clip(convolution of x[N,C,H,W] + bias[M] + addend, low, high)).
+
+    A weight that is an array [M,1,kh,kw] is read in place and makes the convolution depthwise: group == C. NaN passes the clip.
+    """
+
+def pool(
+    program: Program,
+    x: Array,
+    out: Array,
+    geometry: _Geometry,
+    average: bool,
+    include_pad: bool,
+    pads_behind: tuple[int, int],
+    scratch: Array,
+) -> None:
+    """out[N,C,OH,OW] = the maximum (NaN if one is) or the average over windows of x[N,C,H,W].
+
+    Averages divide by the elements inside the image or, with `include_pad`, inside the image and its padding.
+    """
+
+def plane_means(program: Program, x: Array, out: Array) -> None:
+    """out[P] = the mean of each row of x[P,n]."""
+
+def scale_channels(program: Program, x: Array, factor: Array, offset: Array, out: Array) -> None:
+    """out[N,C,n] = factor[C] * x[N,C,n] + offset[C], one rounding; out may be x."""

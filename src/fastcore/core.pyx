@@ -301,10 +301,13 @@ include "dense/dense.pxi"
 include "nn/nn.pxi"
 include "quant/quant.pxi"
 include "sparse/sparse.pxi"
+include "vision/vision.pxi"
 
 
 def packed_nbytes(object pack, Weight weight not None):
-    """Return the bytes that pack_dense, pack_int8 or pack_sparse will allocate for a weight, before any is."""
+    """Return the bytes that pack_dense, pack_int8, pack_sparse or a packer will allocate for a weight, before any is."""
+    if isinstance(pack, ConvolutionPacker):
+        return pack.packed_nbytes(weight)
     sizes = {pack_dense: dense_packed_nbytes, pack_int8: int8_packed_nbytes, pack_sparse: blocks_packed_nbytes}
     return sizes[pack](weight)
 

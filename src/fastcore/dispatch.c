@@ -9,12 +9,13 @@ typedef struct tier {
     const char *cap;         /* the value of GRISTMILL_ISA that still admits it */
     const char *needs;       /* what to say when the CPU lacks it */
     unsigned flags;          /* CPU flags it needs */
-    install_fn *installs[5]; /* aggregate, dense, nn, quant, sparse; NULL where a family has no variant */
+    install_fn *installs[6]; /* aggregate, dense, nn, quant, sparse, vision; NULL where a family has no variant */
 } tier;
 
 #ifdef FC_X86
 #define X86_TIER(isa)                                                                                                            \
-    {fc_aggregate_install_##isa, fc_dense_install_##isa, fc_nn_install_##isa, fc_quant_install_##isa, fc_sparse_install_##isa}
+    {fc_aggregate_install_##isa, fc_dense_install_##isa,  fc_nn_install_##isa,                                                   \
+     fc_quant_install_##isa,     fc_sparse_install_##isa, fc_vision_install_##isa}
 #endif
 
 static const tier tiers[] = {
@@ -22,14 +23,14 @@ static const tier tiers[] = {
      "",
      0,
      {fc_aggregate_install_scalar, fc_dense_install_scalar, fc_nn_install_scalar, fc_quant_install_scalar,
-      fc_sparse_install_scalar}},
+      fc_sparse_install_scalar, fc_vision_install_scalar}},
 #ifdef FC_X86
     {"avx2", "AVX2 and FMA", FC_CPU_AVX2, X86_TIER(avx2)},
     {"avx512", "AVX-512 F/BW/DQ/VL", FC_CPU_AVX512, X86_TIER(avx512)},
     {"avx512",
      "AVX-512 VNNI",
      FC_CPU_AVX512 | FC_CPU_AVX512VNNI,
-     {NULL, NULL, NULL, fc_quant_install_avx512vnni, fc_sparse_install_avx512vnni}},
+     {NULL, NULL, NULL, fc_quant_install_avx512vnni, fc_sparse_install_avx512vnni, NULL}},
 #endif
 };
 enum { TIERS = sizeof tiers / sizeof *tiers };
@@ -49,7 +50,7 @@ static int level_of(const char *cap) {
 }
 
 static void install(fc_table *table, const tier *t) {
-    for (int i = 0; i < 5; i++)
+    for (int i = 0; i < 6; i++)
         if (t->installs[i]) t->installs[i](table);
 }
 

@@ -18,10 +18,13 @@
 #include "quant/quant.h"
 #include "sparse/sparse.h"
 #include "status.h"
+#include "vision/vision.h"
 
 /* ---- dispatch: one table, one place ---- */
 
-#define FC_SLOTS(SLOT) FC_AGGREGATE_SLOTS(SLOT) FC_DENSE_SLOTS(SLOT) FC_NN_SLOTS(SLOT) FC_QUANT_SLOTS(SLOT) FC_SPARSE_SLOTS(SLOT)
+#define FC_SLOTS(SLOT)                                                                                                           \
+    FC_AGGREGATE_SLOTS(SLOT)                                                                                                     \
+    FC_DENSE_SLOTS(SLOT) FC_NN_SLOTS(SLOT) FC_QUANT_SLOTS(SLOT) FC_SPARSE_SLOTS(SLOT) FC_VISION_SLOTS(SLOT)
 
 typedef struct fc_table {
 #define FC_DECLARE_SLOT(name) fc_##name##_fn *name;

@@ -1,11 +1,14 @@
 """Normalisation over batches, channels and groups of channels: what vision networks have in place of LayerNormalization."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
 
-from gristmill.ops.op import Node, Op, TensorType, need, same_dim
+from gristmill import _core
+from gristmill.ops.op import Binder, Node, Op, TensorType, need, same_dim
+from gristmill.ops.window import dense_constant, only_first
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
 
@@ -67,6 +70,23 @@ class BatchNormalization(Op):
         factor, offset = scale_and_shift(scale, shift, mean, variance, node.attributes.get("epsilon", EPSILON))
         y = x * per_channel(factor, x.ndim) + per_channel(offset, x.ndim)
         return [y.astype(x.dtype), *made][: len(node.outputs)]
+
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        return only_first(split) and not self.trains(node)
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        vectors = [dense_constant(binder, name) for name in node.inputs[1:]]
+        if self.trains(node) or any(vector is None for vector in vectors):
+            return False
+        scale, shift, mean, variance = (vector.dense() for vector in vectors if vector is not None)
+        pair = scale_and_shift(scale, shift, mean, variance, node.attributes.get("epsilon", EPSILON))
+        factor, offset = (np.ascontiguousarray(value, np.float32) for value in pair)
+        x, out = binder.rows(node.inputs[0]), binder.output(node.outputs[0])
+        shape = (*x.shape[:2], prod(x.shape[2:]))
+        binder.step(_core.scale_channels, x.reshape(*shape), factor, offset, out.reshape(*shape))
+        return True
 
 
 def scale_and_shift(scale: Array, shift: Array, mean: Array, variance: Array, epsilon: float) -> tuple[Array, Array]:

@@ -6,15 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from gristmill.ops.op import Dim, Node, Op, TensorType, fresh_dim, need, same_dim
+from gristmill import _core
+from gristmill.ops.activation import FUNCTIONS, evaluate
+from gristmill.ops.op import OWN, Binder, Dim, Node, Op, TensorType, fresh_dim, need, same_dim, same_type
 from gristmill.ops.quantization import exact_float, requantize, zero_pointed
 from gristmill.ops.window import (
     ATTRIBUTES,
     AUTO_PADS,
     Axis,
+    dense_constant,
+    only_first,
     out_shape,
     padded,
     per_axis,
+    planar,
     reach,
     spatial_input,
     taps,
@@ -87,7 +92,16 @@ def biased(y: Array, bias: Array | None) -> Array:
     return y if bias is None else y + bias.reshape(-1, *(1,) * (y.ndim - 2)).astype(y.dtype)
 
 
-class Conv(Op):
+class Separable(Op):
+    """An operator over [N, C, ...] whose images do not meet."""
+
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        return only_first(split)
+
+
+class Conv(Separable):
     """ONNX Conv (opset 22): cross-correlation over any number of spatial axes, in groups."""
 
     name = "Conv"
@@ -108,8 +122,62 @@ class Conv(Op):
         y = convolve(widened(x), widened(w), axes, node.attributes.get("group", 1))
         return [biased(y, bias).astype(x.dtype)]
 
+    def bind(self, node: Node, binder: Binder) -> bool:
+        weight, bias = dense_constant(binder, node.inputs[1]), node.input(2)
+        x = binder.rows(node.inputs[0])
+        if weight is None or x.dtype != np.float32 or (bias and dense_constant(binder, bias) is None and not binder.trains(bias)):
+            return False
+        flat, group = planar(window(node, x.shape[2:], weight.shape[2:])), node.attributes.get("group", 1)
+        depthwise = group == x.shape[1] > 1
+        if flat is None or (binder.in_place and not depthwise):
+            return False
+        n, m, kernel = x.shape[0], weight.shape[0], flat.geometry[0]
+        out = binder.output(node.outputs[0]).reshape(n, m, *flat.out)
+        packer = _core.ConvolutionPacker(group, prod(kernel))
+        source = weight.dense().reshape(m, 1, *kernel) if depthwise else binder.packed(node.inputs[1], packer)
+        addend = binder.rows(node.input(3)).reshape(*out.shape) if node.input(3) else None
+        low, high = node.attributes.get("low", -np.inf), node.attributes.get("high", np.inf)
+        nbytes = _core.convolution_scratch(flat.image, flat.out, flat.geometry, x.shape[1], group, binder.threads)
+        binder.step(
+            _core.convolution, x.reshape(n, x.shape[1], *flat.image), source, out, flat.geometry, group,
+            binder.array(bias) if bias else None, addend, low, high, node.attributes.get("activation"),
+            binder.scratch(nbytes),
+        )  # fmt: skip
+        return True
 
-class ConvInteger(Op):
+
+class Convolution(Conv):
+    """Conv with what follows it: activation(clip(Conv(x, weight, bias) + addend, low, high)), the addend of the output's shape.
+
+    Relu is low = 0; `activation` is the name of a kernel, as in Linear.
+    """
+
+    name = "Convolution"
+    domain = OWN
+    arity = (2, 4)
+    attributes = {**GROUPED, "activation": str, "high": float, "low": float}
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        out = super().infer(node, types[:3], constants[:3])[0]
+        addend, activation = types[3] if len(types) > 3 else None, node.attributes.get("activation")
+        need(addend is None or same_type(addend, out), node, f"the addend {addend} does not fit the output {out}")
+        need(activation is None or activation in FUNCTIONS, node, f"unknown activation {activation!r}; known: {list(FUNCTIONS)}")
+        return [out]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        y = super().reference(node, *inputs[:3])[0]
+        if len(inputs) > 3 and inputs[3] is not None:
+            y = y + inputs[3]
+        y = np.clip(y, node.attributes.get("low", -np.inf), node.attributes.get("high", np.inf)).astype(y.dtype)
+        return [evaluate(node.attributes.get("activation"), y)]
+
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        return only_first(split[:3]) and (not node.input(3) or split[3])
+
+
+class ConvInteger(Separable):
     """ONNX ConvInteger (opset 10): the exact int32 convolution of 8-bit values less their zero points."""
 
     name = "ConvInteger"
@@ -131,7 +199,7 @@ def integer_convolution(node: Node, x: Array, w: Array, x_zero: Array | None, w_
     return convolve(zero_pointed(x, x_zero, dtype), zero_pointed(w, w_zero, dtype, 0), axes, node.attributes.get("group", 1))
 
 
-class QLinearConv(Op):
+class QLinearConv(Separable):
     """ONNX QLinearConv (opset 10): a ConvInteger with an int32 bias whose result is quantised to y's scale and zero point."""
 
     name = "QLinearConv"
@@ -152,7 +220,7 @@ class QLinearConv(Op):
         return [requantize(acc, scale.reshape(-1, *(1,) * (x.ndim - 2)), y_zero)]
 
 
-class ConvTranspose(Op):
+class ConvTranspose(Separable):
     """ONNX ConvTranspose (opset 22): the gradient of Conv in its input, with padding cut off."""
 
     name = "ConvTranspose"
@@ -269,4 +337,4 @@ class DeformConv(Op):
         return [biased(out.reshape(n, len(w), rows.out, cols.out), bias).astype(x.dtype)]
 
 
-OPERATORS = (Conv, ConvInteger, QLinearConv, ConvTranspose, DeformConv)
+OPERATORS = (Conv, Convolution, ConvInteger, QLinearConv, ConvTranspose, DeformConv)

@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gristmill.ops.convolution import widened
-from gristmill.ops.op import Dim, Node, Op, TensorType, Undetermined, fresh_dim, need, same_dim, same_type
-from gristmill.ops.window import ATTRIBUTES, Axis, out_shape, padded, per_axis, spatial_input, taps, window
+from gristmill import _core
+from gristmill.ops.convolution import Separable, widened
+from gristmill.ops.op import Binder, Dim, Node, Op, TensorType, Undetermined, fresh_dim, need, same_dim, same_type
+from gristmill.ops.window import ATTRIBUTES, Axis, out_shape, padded, per_axis, planar, spatial_input, taps, window
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
 
@@ -21,7 +22,7 @@ def kernel_shape(node: Node) -> tuple[int, ...]:
     return tuple(value)
 
 
-class Pool(Op):
+class Pool(Separable):
     """A pool over windows."""
 
     arity = (1, 1)
@@ -32,6 +33,18 @@ class Pool(Op):
 
     def axes(self, node: Node, shape: Sequence[int]) -> list[Axis]:
         return window(node, shape[2:], kernel_shape(node))
+
+    def bind_windows(self, node: Node, binder: Binder, average: bool) -> bool:
+        x = binder.rows(node.inputs[0])
+        flat = planar(self.axes(node, x.shape))
+        if flat is None or x.dtype != np.float32 or len(node.outputs) > 1:
+            return False
+        n, c, out = x.shape[0], x.shape[1], binder.output(node.outputs[0])
+        scratch = binder.scratch(_core.convolution_scratch(flat.image, flat.out, flat.geometry, 0, 1, binder.threads))
+        include_pad = bool(node.attributes.get("count_include_pad", 0))
+        x, out = x.reshape(n, c, *flat.image), out.reshape(n, c, *flat.out)
+        binder.step(_core.pool, x, out, flat.geometry, average, include_pad, flat.behind, scratch)
+        return True
 
 
 class MaxPool(Pool):
@@ -68,6 +81,9 @@ class MaxPool(Pool):
         planes = np.arange(x.shape[0] * x.shape[1]).reshape(*x.shape[:2], *(1,) * len(axes)) * plane.size
         return [y, np.where(best < 0, best, best + planes)]
 
+    def bind(self, node: Node, binder: Binder) -> bool:
+        return self.bind_windows(node, binder, average=False)
+
 
 class AveragePool(Pool):
     """ONNX AveragePool (opset 22); with `count_include_pad` elements of padding count, those beyond it never do."""
@@ -83,6 +99,9 @@ class AveragePool(Pool):
         for _, cuts in taps(axes):
             y += image[cuts]
         return [(y / counts(axes, bool(node.attributes.get("count_include_pad", 0)))).astype(x.dtype)]
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        return self.bind_windows(node, binder, average=True)
 
 
 def counts(axes: Sequence[Axis], include_pad: bool) -> Array:
@@ -121,7 +140,7 @@ class LpPool(Pool):
         return [root(y, node).astype(x.dtype)]
 
 
-class GlobalPool(Op):
+class GlobalPool(Separable):
     """A pool over all spatial axes, which stay as 1."""
 
     arity = (1, 1)
@@ -141,6 +160,14 @@ class GlobalAveragePool(GlobalPool):
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         x = inputs[0]
         return [widened(x).mean(spatial_axes(x), keepdims=True).astype(x.dtype)]
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        x = binder.rows(node.inputs[0])
+        if x.dtype != np.float32:
+            return False
+        planes = x.shape[0] * x.shape[1]
+        binder.step(_core.plane_means, x.reshape(planes, prod(x.shape[2:])), binder.output(node.outputs[0]).reshape(planes))
+        return True
 
 
 class GlobalMaxPool(GlobalPool):

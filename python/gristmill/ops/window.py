@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from gristmill.ops.op import Dim, Node, TensorType, fresh_dim, need
+from gristmill import _core
+from gristmill.ops.op import Binder, Dim, Node, TensorType, fresh_dim, need
+from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
 
 ATTRIBUTES = {"auto_pad": str, "dilations": tuple, "kernel_shape": tuple, "pads": tuple, "strides": tuple}
@@ -120,3 +122,47 @@ def taps(axes: Sequence[Axis]) -> Iterator[tuple[Any, Any]]:
             first = axis.taps()
             cuts.append(slice(at * axis.dilation, at * axis.dilation + first.stop, first.step))
         yield (..., *place), tuple(cuts)
+
+
+# ---- what kernels take ----
+
+Pair = tuple[int, int]  # of y and x
+
+
+@dataclass(frozen=True)
+class Planar:
+    """A window over one or two spatial axes as kernels take it: one axis is a height of 1."""
+
+    image: Pair
+    out: Pair
+    geometry: tuple[Pair, Pair, Pair, Pair]  # kernel, strides, dilations, padding before
+    behind: Pair  # padding after the image
+
+
+def planar(axes: Sequence[Axis]) -> Planar | None:
+    """Return the kernels' form of a window, or None where they have none."""
+    most, widest = _core.WINDOW_LIMITS
+    for axis in axes:
+        if max(axis.kernel, axis.stride, axis.dilation) > most:
+            return None
+        if max(reach(axis.kernel, axis.dilation), axis.before, axis.after) > widest:
+            return None
+    if not 1 <= len(axes) <= 2:
+        return None
+    y, x = (Axis(1, 1, 1, 1, 0, 0, 1), *axes)[-2:]
+    geometry = ((y.kernel, x.kernel), (y.stride, x.stride), (y.dilation, x.dilation), (y.before, x.before))
+    return Planar((y.extent, x.extent), (y.out, x.out), geometry, (y.after, x.after))
+
+
+def dense_constant(binder: Binder, name: str) -> Tensor | None:
+    """Return a float32 tensor of the model that does not train, or None."""
+    try:
+        tensor = binder.tensor(name)
+    except KeyError:
+        return None
+    return tensor if tensor.kind == "dense" and tensor.dtype == np.float32 and not binder.trains(name) else None
+
+
+def only_first(split: Sequence[bool]) -> bool:
+    """Whether the first input alone carries the examples of a batch."""
+    return split[0] and not any(split[1:])

@@ -8,6 +8,7 @@ binds the steps to addresses. Steps between two Python references form one C seg
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,11 @@ class Weights:
 
 
 def weight_view(tensor: Tensor, trained: Array | None = None) -> _core.Weight:
-    """Return the kernel's view of a matrix, its values or its scales replaced by memory that somebody else updates."""
-    shape = (tensor.shape[0], tensor.shape[1])
+    """Return the kernel's view of a matrix, its values or its scales replaced by memory that somebody else updates.
+
+    A tensor of more dimensions is a matrix of its first and all others.
+    """
+    shape = (tensor.shape[0], prod(tensor.shape[1:]))
     if tensor.kind == "dense":
         return _core.Weight((tensor.trainable if trained is None else trained).reshape(shape), shape)
     if tensor.kind == "quantized":
