@@ -34,7 +34,11 @@ static const tier tiers[] = {
      "AVX-512 VNNI",
      FC_CPU_AVX512 | FC_CPU_AVX512VNNI,
      {NULL, NULL, NULL, NULL, fc_quant_install_avx512vnni, fc_sparse_install_avx512vnni, NULL}},
-    {"avx512bf16", "avx512", "AVX-512 BF16", FC_CPU_AVX512 | FC_CPU_AVX512BF16, {NULL}},
+    {"avx512bf16",
+     "avx512",
+     "AVX-512 BF16",
+     FC_CPU_AVX512 | FC_CPU_AVX512BF16,
+     {NULL, NULL, fc_dense_install_avx512bf16, NULL, NULL, NULL, NULL}},
 #endif
 };
 enum { TIERS = sizeof tiers / sizeof *tiers };
