@@ -6,10 +6,12 @@
 
 from gristmill.formats.onnx.canonical.activations import activations
 from gristmill.formats.onnx.canonical.attention import attentions
+from gristmill.formats.onnx.canonical.convolution import normalized_convolutions, padded_windows
 from gristmill.formats.onnx.canonical.fold import fold, share
 from gristmill.formats.onnx.canonical.linear import biases, products
 from gristmill.formats.onnx.canonical.norms import normalizations, shifts
-from gristmill.formats.onnx.canonical.pooling import means
+from gristmill.formats.onnx.canonical.pooling import means, unit_vectors
+from gristmill.formats.onnx.canonical.quantized import dequantize_constants, drop_repeats, quantized_products
 from gristmill.formats.onnx.canonical.split import split_products
 from gristmill.formats.onnx.canonical.views import cancel_views, lift_views
 from gristmill.model import Model
@@ -22,6 +24,11 @@ PASSES = (
     activations,
     normalizations,
     shifts,
+    padded_windows,
+    normalized_convolutions,
+    drop_repeats,
+    quantized_products,
+    dequantize_constants,
     products,
     biases,
     lift_views,
@@ -32,6 +39,7 @@ PASSES = (
     lift_views,
     cancel_views,
     means,
+    unit_vectors,
     fold,
     share,
 )

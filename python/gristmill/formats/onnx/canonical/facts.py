@@ -18,7 +18,7 @@ from gristmill.ops import Node, TensorType, find
 from gristmill.ops.op import UNKNOWN, Undetermined
 from gristmill.tensor import Dense, Tensor
 
-BROADCASTS = {"BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Einsum", "MatMulInteger", "QLinearMatMul"}  # in ways not followed
+BROADCASTS = {"BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Einsum"}  # in ways not followed
 LONGEST = 64  # elements of a vector that is followed
 
 Contents = tuple[Any, ...]  # a Size, a bool, or None where an element is not known

@@ -45,7 +45,7 @@ def _gemm(graph: Graph, turned: dict[str, str], node: Node, weight: Array) -> No
     n = graph.tensors[name].shape[0]
     if node.input(2) and beta != 0.0:
         bias = graph.constant(node.inputs[2])
-        vector = None if bias is None else _vector(bias, n)
+        vector = None if bias is None else row_vector(bias, n)
         if vector is None:
             return
         if bias is None or beta != 1.0 or bias.shape != (n,):
@@ -55,8 +55,8 @@ def _gemm(graph: Graph, turned: dict[str, str], node: Node, weight: Array) -> No
     graph.put(Node("Linear", inputs, node.outputs, {}, OWN))
 
 
-def _vector(array: Array, n: int) -> Array | None:
-    """A constant that is broadcast along all but the last axis, as [n]."""
+def row_vector(array: Array, n: int) -> Array | None:
+    """Return a constant that is broadcast along all but the last axis as [n], or None."""
     if array.dtype != np.float32 or array.size not in (1, n) or (array.size == n and array.shape[-1:] not in ((n,), ())):
         return None
     return np.ascontiguousarray(np.broadcast_to(array.reshape(-1), (n,)))
@@ -72,7 +72,7 @@ def biases(model: Model) -> Model:
             if linear is None or array is None or not graph.once(made) or len(linear.inputs) > 2 or linear.attributes:
                 continue
             rank = graph.shape(made)
-            vector = _vector(array, graph.tensors[linear.inputs[1]].shape[0])
+            vector = row_vector(array, graph.tensors[linear.inputs[1]].shape[0])
             if vector is None or rank is None or array.ndim > len(rank):
                 continue
             name = other

@@ -1,4 +1,4 @@
-"""The mean of the vectors of attended tokens, as sentence encoders take it: MaskedPool."""
+"""What sentence encoders end with: the mean of the vectors of attended tokens, and division by the L2 norm."""
 
 import numpy as np
 
@@ -7,6 +7,8 @@ from gristmill.formats.onnx.canonical.graph import Graph
 from gristmill.formats.onnx.canonical.masks import CONSTANT, Masks, Table
 from gristmill.model import Model
 from gristmill.ops import OWN, Node
+
+SHORT = 1e-9  # a bound from below that keeps a norm from 0
 
 
 def means(model: Model) -> Model:
@@ -72,3 +74,41 @@ def _source(graph: Graph, table: Table | None, shape: tuple[object, ...]) -> str
 
 def _same_mask(a: Table, b: Table) -> bool:
     return (a.source, a.zero, a.one, a.axes[:2]) == (b.source, b.zero, b.one, b.axes[:2]) and len(b.axes) == 3
+
+
+def unit_vectors(model: Model) -> Model:
+    """Find x / max(norm of x over an axis, tiny): LpNormalization, but for vectors shorter than that bound."""
+    graph = Graph(model)
+    for node in graph.walk("Div"):
+        norm, axis = _norm(graph, node.inputs[1])
+        if norm is not None and norm == node.inputs[0]:
+            graph.put(Node("LpNormalization", (norm,), node.outputs, {"axis": axis, "p": 2}))
+    return graph.done()
+
+
+def _norm(graph: Graph, name: str) -> tuple[str | None, int]:
+    """The value whose L2 norm over one axis a value is, and the axis."""
+    node = graph.maker(name, "Clip", "Max", "Expand", "ReduceL2", "Sqrt")
+    if node is not None and node.op == "Expand":
+        node = graph.maker(node.inputs[0], "Clip", "Max", "ReduceL2", "Sqrt")
+    if node is not None and node.op in ("Clip", "Max"):
+        low = graph.scalar(node.inputs[1]) if len(node.inputs) > 1 and not node.input(2) else None
+        node = graph.maker(node.inputs[0], "ReduceL2", "Sqrt") if low is not None and 0 < low <= SHORT else None
+    if node is not None and node.op == "Sqrt":
+        total = graph.maker(node.inputs[0], "ReduceSum")
+        square = graph.maker(total.inputs[0], "Mul", "Pow") if total is not None else None
+        squares = square is not None and (
+            square.inputs[0] == square.inputs[1] if square.op == "Mul" else graph.scalar(square.inputs[1]) == 2
+        )
+        return (square.inputs[0], _axis(graph, total)) if squares and square and total and _axis(graph, total) else (None, 0)
+    if node is None or not _axis(graph, node):
+        return None, 0
+    return node.inputs[0], _axis(graph, node)
+
+
+def _axis(graph: Graph, node: Node) -> int:
+    """The one axis, counted from behind, that a reduction keeps with extent 1; 0 where there is no such."""
+    axes, shape = graph.ints(node.input(1)) if node.input(1) else None, graph.shape(node.inputs[0])
+    if axes is None or len(axes) != 1 or shape is None or not node.attributes.get("keepdims", 1):
+        return 0
+    return axes[0] % len(shape) - len(shape)

@@ -216,6 +216,13 @@ def _matmul(facts: "Facts", node: Node) -> list[Shape | None]:
     return [(*broadcast([a[:-2], b[:-2]]), a[-2], b[-1])]
 
 
+def _qlinear_matmul(facts: "Facts", node: Node) -> list[Shape | None]:
+    a, b = facts.shapes[node.inputs[0]], facts.shapes[node.inputs[3]]
+    if len(a) < 2 or len(b) < 2:
+        raise KeyError("vectors")
+    return [(*broadcast([a[:-2], b[:-2]]), a[-2], b[-1])]
+
+
 def _gemm(facts: "Facts", node: Node) -> list[Shape | None]:
     a, b = facts.shapes[node.inputs[0]], facts.shapes[node.inputs[1]]
     return [(a[1 if node.attributes.get("transA") else 0], b[0 if node.attributes.get("transB") else 1])]
@@ -271,6 +278,7 @@ RULES: dict[str, Rule] = {
     "MaskedAttention": _attention,
     "MatMul": _matmul,
     "MatMulInteger": _matmul,
+    "QLinearMatMul": _qlinear_matmul,
     "Range": _range,
     "Reshape": _reshape,
     "Shape": _shape,
