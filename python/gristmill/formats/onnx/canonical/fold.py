@@ -12,7 +12,9 @@ from gristmill.formats.onnx.canonical.graph import Graph
 from gristmill.formats.onnx.canonical.shapes import BINARY, permutation
 from gristmill.model import Model
 from gristmill.ops import Node, find
+from gristmill.tensor import Dense
 
+SMALL = 64  # elements of a constant that is compared with others
 FOLDED = 1 << 16  # elements that a result may have beyond those of what it is computed from
 KEPT = {"DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger"}  # what the pass `quantized` reads
 
@@ -170,15 +172,20 @@ def _broadcast_late(graph: Graph, node: Node) -> None:
 
 
 def share(model: Model) -> Model:
-    """Compute once what is computed twice."""
+    """Compute once what is computed twice; keep small constants once."""
     graph = Graph(model)
+    constants: dict[tuple[object, ...], str] = {}
+    for name, tensor in model.tensors.items():
+        if isinstance(tensor, Dense) and tensor.array.size <= SMALL and name not in model.outputs:
+            first = constants.setdefault((tensor.dtype.str, tensor.shape, tensor.array.tobytes()), name)
+            graph.alias(name, first)
     seen: dict[tuple[object, ...], Node] = {}
     for node in graph.walk():
         if not find(node).pure:
             continue
         key = (node.domain, node.op, node.inputs, tuple(sorted(node.attributes.items())), len(node.outputs))
-        first = seen.setdefault(key, node)
-        if first is not node:
-            for name, other in zip(node.outputs, first.outputs, strict=True):
+        same = seen.setdefault(key, node)
+        if same is not node:
+            for name, other in zip(node.outputs, same.outputs, strict=True):
                 graph.alias(name, other)
     return graph.done()
