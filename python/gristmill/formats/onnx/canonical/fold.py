@@ -7,7 +7,7 @@ import numpy as np
 from gristmill.errors import GristmillError
 from gristmill.formats.onnx.canonical.arrangement import target_of
 from gristmill.formats.onnx.canonical.dims import Size, product
-from gristmill.formats.onnx.canonical.facts import Facts, broadcast
+from gristmill.formats.onnx.canonical.facts import broadcast
 from gristmill.formats.onnx.canonical.graph import Graph
 from gristmill.formats.onnx.canonical.shapes import BINARY, permutation
 from gristmill.model import Model
@@ -71,9 +71,9 @@ def _dropped(graph: Graph, node: Node) -> None:
     """Let readers of a node that changes nothing read its input; make the shape of a Reshape a constant."""
     if node.op in NOTHING and NOTHING[node.op](graph, node) and not any(map(graph.is_read, node.outputs[1:])):
         graph.alias(node.name, node.inputs[0])
-    elif node.op in NEUTRAL and (kept := _neutral(graph, node)) is not None:
-        graph.alias(node.name, kept)
-    elif node.op == "Where" and (kept := _chosen(graph, node)) is not None:
+    elif (node.op in NEUTRAL and (kept := _neutral(graph, node)) is not None) or (
+        node.op == "Where" and (kept := _chosen(graph, node)) is not None
+    ):
         graph.alias(node.name, kept)
     elif node.op == "CastLike":
         _fix_dtype(graph, node)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gristmill.formats.onnx.canonical.arrangement import Atom, Axis, VIEWS, regroup, whole
+from gristmill.formats.onnx.canonical.arrangement import VIEWS, Atom, Axis, regroup, whole
 from gristmill.formats.onnx.canonical.dims import ONE, Size, product, times
 from gristmill.formats.onnx.canonical.graph import Graph
 from gristmill.formats.onnx.canonical.shapes import BOOLEAN, Shape, broadcast, permutation
@@ -272,7 +272,9 @@ def _gathered_nd(node: Node, data: Known | None, index: Known | None) -> Table |
         return None
     parts = []
     for grid, axis in zip(index.grids, data.axes, strict=False):
-        axes = _indexed(Grid(grid.steps[:-1], grid.shape[:-1]), {(ONE, product([atom.size for atom in axis])): axis} if axis else {})
+        axes = _indexed(
+            Grid(grid.steps[:-1], grid.shape[:-1]), {(ONE, product([atom.size for atom in axis])): axis} if axis else {}
+        )
         if axes is None:
             return None
         parts.append(axes)

@@ -109,4 +109,3 @@ def _last_axis(graph: Graph, node: Node) -> bool:
     shape = graph.shape(node.inputs[0])
     axes = graph.ints(node.input(1)) if node.input(1) else None
     return shape is not None and axes in ((-1,), (len(shape) - 1,)) and node.attributes.get("keepdims", 1) == 1
-
