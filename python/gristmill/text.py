@@ -132,9 +132,7 @@ class Embedder:
             for chunk, output in zip(members, made, strict=True):
                 vectors[chunk] = output[: len(chunk)]
 
-    def _packed_inputs(
-        self, tokens: list[tuple[Array, Array]], chunk: list[int], rows: int, segments: int
-    ) -> dict[str, Array]:
+    def _packed_inputs(self, tokens: list[tuple[Array, Array]], chunk: list[int], rows: int, segments: int) -> dict[str, Array]:
         offsets = np.zeros(segments + 1, np.int64)
         np.cumsum([len(tokens[i][0]) for i in chunk], out=offsets[1 : len(chunk) + 1])
         offsets[len(chunk) + 1 :] = offsets[len(chunk)]

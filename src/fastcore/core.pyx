@@ -308,6 +308,7 @@ include "dense/dense.pxi"
 include "nn/nn.pxi"
 include "quant/quant.pxi"
 include "sparse/sparse.pxi"
+include "text/text.pxi"
 include "vision/vision.pxi"
 
 

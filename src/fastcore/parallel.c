@@ -1,9 +1,9 @@
 /* The team, its barrier, and the rule for contended cores.
  *
  * One team per process, held by a lease: a run that finds it taken works alone. After runs that lost a core to somebody
- * else (ru_nivcsw and time), the next runs use one thread for a while: a lone thread is slowed by its share of the core, a team
- * by the slowest share at every barrier. A forked child has no team: libgomp's threads stay behind in the parent, and a region
- * would wait for them for ever.
+ * else (seen by the time that even the busiest thread did not run), the next runs use one thread for a while: a lone thread is
+ * slowed by its share of the core, a team by the slowest share at every barrier. A forked child has no team: libgomp's threads
+ * stay behind in the parent, and a region would wait for them for ever.
  */
 #define _GNU_SOURCE
 #include "parallel.h"
@@ -13,7 +13,6 @@
 #include <pthread.h>
 #endif
 #include <sched.h>
-#include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
 #ifdef __linux__
@@ -83,44 +82,39 @@ static int64_t now_ns(void) {
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-/* What one thread saw of a run: other threads on its core, and the time in which it did not run. */
-typedef struct witness {
-    int64_t wall_ns, cpu_ns;
-    long switches;
-} witness;
-
-static witness look(void) {
-    witness w = {now_ns(), 0, 0};
-#ifdef RUSAGE_THREAD
-    struct timespec cpu;
-    struct rusage usage;
-    if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &cpu) == 0) w.cpu_ns = (int64_t)cpu.tv_sec * 1000000000 + cpu.tv_nsec;
-    if (getrusage(RUSAGE_THREAD, &usage) == 0) w.switches = usage.ru_nivcsw;
+/* The time for which the calling thread has had a core. */
+static int64_t thread_ns(void) {
+#ifdef CLOCK_THREAD_CPUTIME_ID
+    struct timespec t;
+    if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t) == 0) return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 #endif
-    return w;
+    return now_ns();
 }
 
-/* Was a real part of the time between two looks spent off the core, and not by choice? A timer's housekeeping takes some tens of
- * microseconds, a neighbour a slice of milliseconds. */
-static int lost_the_core(witness before, witness after) {
-    const int64_t wall = after.wall_ns - before.wall_ns, away = wall - (after.cpu_ns - before.cpu_ns);
-    return after.switches > before.switches && away > LEAST_LOSS_NS && away > wall / 8;
+/* Was nobody at work for a real part of a run? Then a neighbour had a core, or the whole team shares one. A rank that waits for
+ * another is no loss; housekeeping takes some tens of microseconds, a neighbour a slice of milliseconds. */
+static int is_lost(int64_t wall_ns, int64_t busiest_ns) {
+    const int64_t idle = wall_ns - busiest_ns;
+    return idle > LEAST_LOSS_NS && idle > wall_ns / 8;
 }
 
-/* One lost run in 25 ms is forgiven, and two at once: a team that slept through a penalty often wakes on one core. More are a
- * neighbour. */
+/* One lost run in 25 ms is forgiven, and, where there was no penalty, two at once: a team that slept often wakes on one
+ * core. More are a neighbour. */
 static void judge_contention(int64_t ended_ns, int lost) {
     allowance_ns += ended_ns - judged_ns;
     judged_ns = ended_ns;
-    if (allowance_ns > 2 * FORGIVEN_NS) allowance_ns = 2 * FORGIVEN_NS;
-    if (lost) allowance_ns -= FORGIVEN_NS;
-    if (lost && allowance_ns < 0) {
+    const int64_t most = penalty_ns ? FORGIVEN_NS : 2 * FORGIVEN_NS;
+    if (allowance_ns > most) allowance_ns = most;
+    if (!lost) {
+        penalty_ns /= 2;
+        return;
+    }
+    allowance_ns -= FORGIVEN_NS;
+    if (allowance_ns < 0) {
         allowance_ns = 0;
         penalty_ns = penalty_ns ? penalty_ns * 2 : FIRST_PENALTY_NS;
         if (penalty_ns > LAST_PENALTY_NS) penalty_ns = LAST_PENALTY_NS;
         alone_until_ns = ended_ns + penalty_ns;
-    } else {
-        penalty_ns /= 2;
     }
 }
 
@@ -145,17 +139,16 @@ static int take_team(int threads) {
 
 static void give_team_back(void) { atomic_flag_clear_explicit(&team_taken, memory_order_release); }
 
-/* Returns whether a thread lost its core, from when the team was awake: waking moves threads between cores, which says nothing
- * about neighbours. */
-static int run_together(fc_team_fn *body, void *context, int threads) {
-    int lost = 0;
-#pragma omp parallel num_threads(threads < most_threads ? threads : most_threads) reduction(| : lost)
+/* Returns the most time that any rank had a core. */
+static int64_t run_together(fc_team_fn *body, void *context, int threads) {
+    int64_t busiest = 0;
+#pragma omp parallel num_threads(threads < most_threads ? threads : most_threads) reduction(max : busiest)
     {
-        const witness before = look();
+        const int64_t before = thread_ns();
         body(context, omp_get_thread_num(), omp_get_num_threads());
-        lost = lost_the_core(before, look());
+        busiest = thread_ns() - before;
     }
-    return lost;
+    return busiest;
 }
 
 void fc_team_run(fc_team_fn *body, void *context, int threads) {
@@ -163,11 +156,12 @@ void fc_team_run(fc_team_fn *body, void *context, int threads) {
         body(context, 0, 1);
         return;
     }
-    if (now_ns() < alone_until_ns) {
+    const int64_t started_ns = now_ns();
+    if (started_ns < alone_until_ns) {
         body(context, 0, 1);
     } else {
-        const int lost = run_together(body, context, threads);
-        judge_contention(now_ns(), lost);
+        const int64_t busiest_ns = run_together(body, context, threads), ended_ns = now_ns();
+        judge_contention(ended_ns, is_lost(ended_ns - started_ns, busiest_ns));
     }
     give_team_back();
 }

@@ -33,7 +33,7 @@ def arguments(**changes):
         "activation": None,
         "scratch": scratch(),
     }
-    return tuple((given | changes).values())
+    return tuple(value() if callable(value) else value for value in (given | changes).values())
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,8 @@ def arguments(**changes):
         {"x": np.zeros((2, 3, 5, 5), np.float32)},
         {"out": np.zeros((1, 6, 5, 5), np.float32)},
         {"out": np.zeros((2, 7, 5, 5), np.float32)},
-        {"weight": packed(taps=4)},
-        {"weight": packed(group=2)},
+        {"weight": lambda: packed(taps=4)},
+        {"weight": lambda: packed(group=2)},
         {"weight": np.zeros((6, 4, 3, 3), np.float32)},
         {"weight": np.zeros((6, 1, 2, 3), np.float32), "group": 4},
         {"group": 0},

@@ -22,7 +22,22 @@ ATTRIBUTES = {
     "epsilon": (1e-5,),
     "reduction": ("mean",),
     "approximate": ("tanh", "none"),
+    "input_scale": (0.03, -1.0),
+    "input_zero_point": (90, 128, 300),
+    "size": (1, 3, 0),
+    "p": (1, 2, 0),
+    "kernel_shape": ((1,), (2,), (2, 1)),
+    "strides": ((1,), (2, 1), (0,)),
+    "pads": ((0, 1), (1, 0, 1, 1)),
+    "auto_pad": ("SAME_UPPER", "VALID", "none such"),
+    "group": (1, 2, 0),
+    "blocksize": (2, 0),
+    "num_groups": (1, 2),
+    "mode": ("linear", "nearest", "DCR"),
+    "axes": ((0,), (-1, 1), (5,)),
+    "block_size": (0, 2),
 }
+STAGED = {"Resize", "AffineGrid", "CenterCropPad", "Col2Im", "MaxUnpool"}  # whose shapes depend on values
 
 
 class Draw:
@@ -53,13 +68,14 @@ class Draw:
         return TensorType(np.dtype(self.one(self.dtypes)), shape)
 
     def node(self, number: int, values: list[str]) -> Node:
-        domain, name = self.one((*OPS, (OWN, "Linear"), (OWN, "Linear")))
+        domain, name = self.one((*(key for key in OPS if key[1] not in STAGED), (OWN, "Linear"), (OWN, "Linear")))
         op = OPS[domain, name]
         count = self.rng.integers(op.arity[0], op.arity[1] + 1)
         inputs = [self.one(values) for _ in range(count)]
         if name == "Linear" and count > 2 and self.rng.random() < 0.3:
             inputs[2] = ""
-        attributes = {key: self.one(ATTRIBUTES[key]) for key in op.attributes if self.rng.random() < 0.8}
+        known = [key for key in op.attributes if key in ATTRIBUTES]
+        attributes = {key: self.one(ATTRIBUTES[key]) for key in known if self.rng.random() < 0.8}
         outputs = 2 if name == "LayerNormalizationGrad" and self.rng.random() < 0.5 else 1
         return Node(name, inputs, [f"n{number}.{i}" for i in range(outputs)], attributes, domain)
 

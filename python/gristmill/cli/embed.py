@@ -21,8 +21,12 @@ SUFFIXES = (".npy", ".jsonl")
 def embed(
     model: Annotated[Path, typer.Argument(help="A Hugging Face folder, or a model file that was made from one.")],
     texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Sentences to embed.")] = None,
-    source: Annotated[Path | None, typer.Option("--input", help="A file with a sentence on each line; - reads them from stdin.")] = None,
-    out: Annotated[Path | None, typer.Option("--output", help="Write .npy (an array) or .jsonl instead of printing JSON.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--input", help="A file with a sentence on each line; - reads them from stdin.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--output", help="Write .npy (an array) or .jsonl instead of printing JSON.")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="float32, bf16, or int8 to quantise dense weights first.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: the physical cores.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sentences of one run.")] = 32,

@@ -118,9 +118,7 @@ def _finite(text: str) -> float:
     return value
 
 
-def _entry(
-    name: str, entry: Any, dtypes: Mapping[str, np.dtype[Any]]
-) -> tuple[int, int, np.dtype[Any], tuple[int, ...]]:
+def _entry(name: str, entry: Any, dtypes: Mapping[str, np.dtype[Any]]) -> tuple[int, int, np.dtype[Any], tuple[int, ...]]:
     """Return (begin, end, dtype, shape) of a header entry."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"tensor {name!r}: its entry must have dtype, shape and data_offsets")

@@ -140,7 +140,16 @@ class Shaped(Op):
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         assert types[0] is not None
+        self.check(node, types[0])
         return [types[0]]
+
+    def check(self, node: Node, x: TensorType) -> None:
+        """Refuse attributes that do not fit the input."""
+
+
+def check_axes(node: Node, axes: Sequence[int], x: TensorType) -> None:
+    rank = len(x.shape)
+    need(all(-rank <= axis < rank for axis in axes) and len({a % rank for a in axes}) == len(axes), node, f"axes {axes} of {x}")
 
 
 class LRN(Shaped):
@@ -148,6 +157,10 @@ class LRN(Shaped):
 
     name = "LRN"
     attributes = {"alpha": float, "beta": float, "bias": float, "size": int}
+
+    def check(self, node: Node, x: TensorType) -> None:
+        check_channels(node, x, ())
+        need(node.attributes.get("size", 0) >= 1, node, f"a positive size is needed, got {node.attributes.get('size')}")
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         x, size = inputs[0], node.attributes["size"]
@@ -161,25 +174,14 @@ class LRN(Shaped):
         return [(x / (node.attributes.get("bias", 1.0) + alpha / size * squares) ** beta).astype(x.dtype)]
 
 
-class LpNormalization(Shaped):
-    """ONNX LpNormalization (opset 22): x divided by its 1-norm or 2-norm along an axis; zeros stay zeros."""
-
-    name = "LpNormalization"
-    attributes = {"axis": int, "p": int}
-
-    def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        x, p = inputs[0], node.attributes.get("p", 2)
-        need(p in (1, 2), node, f"p must be 1 or 2, got {p}")
-        wide = x.astype(np.float64)
-        norm = np.linalg.norm(wide, p, node.attributes.get("axis", -1), keepdims=True)
-        return [(wide / np.where(norm == 0, 1, norm)).astype(x.dtype)]
-
-
 class MeanVarianceNormalization(Shaped):
     """ONNX MeanVarianceNormalization (opset 13): zero mean and unit variance over axes, 1e-9 added to the deviation."""
 
     name = "MeanVarianceNormalization"
     attributes = {"axes": tuple}
+
+    def check(self, node: Node, x: TensorType) -> None:
+        check_axes(node, node.attributes.get("axes", (0, 2, 3)), x)
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         x, axes = inputs[0], tuple(node.attributes.get("axes", (0, 2, 3)))
@@ -214,6 +216,6 @@ class RMSNormalization(Op):
 
 
 OPERATORS = (
-    BatchNormalization, InstanceNormalization, GroupNormalization, LRN, LpNormalization, MeanVarianceNormalization,
+    BatchNormalization, InstanceNormalization, GroupNormalization, LRN, MeanVarianceNormalization,
     RMSNormalization,
 )  # fmt: skip

@@ -1,15 +1,15 @@
 """Conv, ConvTranspose, DeformConv and the integer convolutions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from gristmill import _core
-from gristmill.ops.activation import FUNCTIONS, evaluate
+from gristmill.ops.activation import FUNCTIONS, Activation, Gelu, Relu, Sigmoid, Swish, Tanh, evaluate
 from gristmill.ops.op import OWN, Binder, Dim, Node, Op, TensorType, fresh_dim, need, same_dim, same_type
-from gristmill.ops.quantization import exact_float, requantize, zero_pointed
+from gristmill.ops.quantization import INTEGERS, exact_float, requantize, zero_pointed
 from gristmill.ops.window import (
     ATTRIBUTES,
     AUTO_PADS,
@@ -177,6 +177,44 @@ class Convolution(Conv):
         return only_first(split[:3]) and (not node.input(3) or split[3])
 
 
+def absorb(node: Node, follower: Node, value: Callable[[str], Array | None]) -> Node | None:
+    """Return one Convolution that does what a Conv or Convolution and its only reader do, or None if it cannot.
+
+    Args:
+        node: the convolution.
+        follower: Relu, Clip, another activation, or an Add of a value of the same type.
+        value: gives the value of a constant, None for anything else.
+    """
+    (made,), given = node.outputs, dict(node.attributes)
+    clipped, done = "low" in given or "high" in given, "activation" in given
+    inputs = (*node.inputs, "", "")[:4]
+    op = FOLLOWERS.get(follower.op)
+    if done or follower.domain:
+        return None
+    if follower.op == "Add":
+        others = [name for name in follower.inputs if name != made]
+        if clipped or inputs[3] or len(others) != 1:
+            return None
+        inputs = (*inputs[:3], others[0])
+    elif follower.op in ("Relu", "Clip") and not clipped:
+        ends = [value(name) if name else None for name in (*follower.inputs[1:], "", "")[:2]]
+        if any(name and end is None for name, end in zip(follower.inputs[1:], ends, strict=False)):
+            return None
+        if follower.op == "Relu":
+            given["low"] = 0.0
+        given |= {key: float(end.reshape(())) for key, end in zip(("low", "high"), ends, strict=True) if end is not None}
+    elif op is not None:
+        given["activation"] = op.kind(follower)
+    else:
+        return None
+    while inputs[-1] == "":
+        inputs = inputs[:-1]
+    return Node("Convolution", inputs, follower.outputs, given, OWN)
+
+
+FOLLOWERS: dict[str, Activation] = {op.name: op() for op in (Gelu, Relu, Sigmoid, Swish, Tanh)}
+
+
 class ConvInteger(Separable):
     """ONNX ConvInteger (opset 10): the exact int32 convolution of 8-bit values less their zero points."""
 
@@ -209,6 +247,7 @@ class QLinearConv(Separable):
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         x, y_zero = spatial_input(node, types[0]), types[7]
         assert y_zero is not None
+        need(y_zero.dtype.name in INTEGERS, node, f"cannot quantise to {y_zero.dtype}")
         out = convolved(node, x, types[3], y_zero.dtype)
         check_bias(node, types[8] if len(types) > 8 else None, out.shape[1])
         return [out]
@@ -232,7 +271,7 @@ class ConvTranspose(Separable):
         x = spatial_input(node, x)
         group = node.attributes.get("group", 1)
         fits = w is not None and w.dtype == x.dtype and len(w.shape) == len(x.shape) and same_dim(w.shape[0], x.shape[1])
-        need(fits, node, f"x is {x} but the weight is {w}")
+        need(fits and group >= 1, node, f"x is {x} but the weight is {w} in {group} groups")
         assert w is not None
         need(not isinstance(w.shape[1], str), node, f"the weight's shape {w.shape} must be known")
         channels = int(w.shape[1]) * group
@@ -307,6 +346,12 @@ class DeformConv(Op):
         need(len(x.shape) == 4, node, f"two spatial axes are needed, got {x}")
         out = convolved(node, x, types[1], x.dtype)
         check_bias(node, types[3] if len(types) > 3 else None, out.shape[1])
+        parts, kernel = node.attributes.get("offset_group", 1), kernel_of(node, types[1].shape if types[1] else ())
+        need(parts >= 1 and (isinstance(x.shape[1], str) or x.shape[1] % parts == 0), node, f"{x} in {parts} groups of offsets")
+        for index, each in ((2, 2), (4, 1)):
+            given = types[index] if len(types) > index else None
+            wanted = TensorType(x.dtype, (x.shape[0], each * parts * prod(kernel), *out.shape[2:]))
+            need(given is None or same_type(given, wanted), node, f"input {index} must be {wanted}, got {given}")
         return [out]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:

@@ -36,6 +36,11 @@ class Positions(Op):
         assert types[0] is not None
         return [positions(np.empty(types[0].extents, INT64), node.attributes.get("start", 0))]
 
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        return True
+
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         return [positions(inputs[0], node.attributes.get("start", 0), node.attributes.get("padding"))]
 

@@ -12,6 +12,13 @@ from gristmill.ops.window import taps, window
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
 
+
+def vector(node: Node, tensor: Tensor, kinds: str = "iu") -> Array:
+    """Return the value of an input that must be a vector of integers, or of other kinds of numbers."""
+    need(len(tensor.shape) == 1 and tensor.dtype.kind in kinds, node, f"a vector of numbers is needed, got {tensor.shape}")
+    return tensor.dense()
+
+
 # ---- Resize ----
 
 POLICIES: dict[str, Callable[..., float]] = {"not_larger": min, "not_smaller": max}
@@ -55,12 +62,14 @@ class Resize(Op):
         assert x is not None
         for key, known in (("mode", ("nearest", *KERNELS)), ("nearest_mode", NEAREST)):
             need(node.attributes.get(key) in (None, *known), node, f"unknown {key} {node.attributes.get(key)!r}")
-        given = [constants[i].dense() if node.input(i) and constants[i] is not None else None for i in (2, 3)]  # type: ignore[union-attr]
-        if any(node.input(i + 2) and value is None for i, value in enumerate(given)):
+        scales, sizes = (*constants, None, None, None)[2:4]
+        if (node.input(2) and scales is None) or (node.input(3) and sizes is None):
             raise Undetermined
+        given = [None if scales is None else vector(node, scales, "f"), None if sizes is None else vector(node, sizes)]
         axes = axes_of(node, len(x.shape))
         shape: list[Dim] = list(x.shape)
         if any(isinstance(shape[axis], str) for axis in axes):
+            need(all(v is None or v.size in (0, len(axes)) for v in given), node, f"{len(axes)} scales or sizes are needed")
             for i, axis in enumerate(axes):
                 said = given[1] is not None and given[1].size and node.attributes.get("keep_aspect_ratio_policy") is None
                 if said:
@@ -249,7 +258,7 @@ class AffineGrid(Op):
         assert theta is not None
         if size is None:
             raise Undetermined
-        n, _, *spatial = (int(d) for d in size.dense())
+        n, _, *spatial = (*(int(d) for d in vector(node, size)), 0, 0)[: max(2, size.shape[0])]
         fits = len(theta.shape) == 3 and all(map(same_dim, theta.shape, (n, len(spatial), len(spatial) + 1)))
         need(fits, node, f"theta is {theta} but the size is {size.dense()}")
         return [TensorType(theta.dtype, (n, *spatial, len(spatial)))]
@@ -346,7 +355,8 @@ class CenterCropPad(Op):
         axes = axes_of(node, len(x.shape))
         need(shape.shape == (len(axes),), node, f"a shape of {len(axes)} extents is needed, got {shape.shape}")
         made = list(x.shape)
-        for axis, extent in zip(axes, shape.dense(), strict=True):
+        for axis, extent in zip(axes, vector(node, shape), strict=True):
+            need(extent >= 0, node, f"a shape of {shape.dense()}")
             made[axis] = int(extent)
         return [TensorType(x.dtype, tuple(made))]
 
@@ -376,8 +386,8 @@ class Col2Im(Op):
         assert x is not None
         if image is None or block is None:
             raise Undetermined
-        size, spatial = prod(int(d) for d in block.dense()), tuple(int(d) for d in image.dense())
-        axes = window(node, spatial, [int(d) for d in block.dense()])
+        kernel, spatial = [int(d) for d in vector(node, block)], tuple(int(d) for d in vector(node, image))
+        size, axes = prod(kernel), window(node, spatial, kernel)
         fits = len(x.shape) == 3 and size > 0 and (isinstance(x.shape[1], str) or x.shape[1] % size == 0)
         need(fits and same_dim(x.shape[2], prod(axis.out for axis in axes)), node, f"{x} are not the columns of {spatial}")
         channels = fresh_dim(node, 1) if isinstance(x.shape[1], str) else x.shape[1] // size

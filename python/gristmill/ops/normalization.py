@@ -254,6 +254,19 @@ class LpNormalization(Op):
         norm = np.expand_dims(norm, axis)
         return [np.divide(wide, norm, out=np.zeros_like(wide), where=norm != 0).astype(inputs[0].dtype)]
 
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        return node.attributes.get("axis", -1) % len(made[0].shape) != 0
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        x, out = binder.rows(node.inputs[0]), binder.output(node.outputs[0])
+        shape = as_rows(x.shape)
+        if node.attributes.get("axis", -1) not in (-1, len(x.shape) - 1) or node.attributes.get("p", 2) != 2:
+            return False
+        binder.step(_core.normalize, x.reshape(*shape), out.reshape(*shape))
+        return True
+
     def gradient(self, node: Node, tape: Tape, dy: str) -> None:
         x = node.inputs[0]
         last = node.attributes.get("axis", -1) in (-1, len(tape.type(x).shape) - 1)
@@ -281,6 +294,12 @@ class LpNormalizationGrad(Op):
         inverse = np.divide(1.0, norm, out=np.zeros_like(norm), where=norm != 0)
         y = x * inverse
         return [((dy - y * (dy * y).sum(axis=-1, keepdims=True)) * inverse).astype(inputs[1].dtype)]
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        dy, x, dx = binder.rows(node.inputs[0]), binder.rows(node.inputs[1]), binder.output(node.outputs[0])
+        shape = as_rows(x.shape)
+        binder.step(_core.normalize_grad, dy.reshape(*shape), x.reshape(*shape), dx.reshape(*shape))
+        return True
 
 
 OPERATORS = (

@@ -207,6 +207,7 @@ class QLinearMatMul(Op):
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         zero = types[7]
         assert zero is not None
+        need(zero.dtype.name in INTEGERS, node, f"cannot quantise to {zero.dtype}")
         return [product_type(node, types[0], types[3], zero.dtype)]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from gristmill.ops.op import GRAD, OWN, Node, Op, Tape, TensorType, fresh_dim, need, same_dim, same_type
+from gristmill import _core
+from gristmill.ops.op import GRAD, OWN, Binder, Node, Op, Tape, TensorType, fresh_dim, need, same_dim, same_type
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
 
@@ -92,6 +93,17 @@ class Pool(Op):
         if tape.wants(node.inputs[0]):
             tape.add(node.inputs[0], tape.emit(f"{self.name}Grad", [dy, *node.inputs], node.attributes))
 
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        return not self.packed and all(split)
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        kernel = _core.packed_pool if self.packed else _core.masked_pool
+        x, by = map(binder.rows, node.inputs)
+        binder.step(kernel, node.attributes.get("mode", "mean"), x, by, binder.output(node.outputs[0]))
+        return True
+
 
 class MaskedPool(Pool):
     """x float32 [batch, length, n] and mask int64 or bool [batch, length] give [batch, n]."""
@@ -120,6 +132,11 @@ class PoolGrad(Op):
         need(same_type(types[0], made[0]), node, f"dy is {types[0]}, the output is {made[0]}")
         assert types[1] is not None
         return [types[1]]
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        kernel = _core.packed_pool_grad if self.pool.packed else _core.masked_pool_grad
+        binder.step(kernel, node.attributes.get("mode", "mean"), *map(binder.rows, node.inputs), binder.output(node.outputs[0]))
+        return True
 
 
 class MaskedPoolGrad(PoolGrad):

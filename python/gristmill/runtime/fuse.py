@@ -28,7 +28,10 @@ def fuse(model: Model) -> Model:
         elif node.op == "Clip" and not node.domain:
             graph.fold(node, _with_bounds(graph, node))
         elif node.op == "Add" and not node.domain:
-            graph.fold(node, _with_bias(graph, node) or _with_residual(graph, node) or _with_addend(graph, node))
+            folded = _with_bias(graph, node) or _with_residual(graph, node) or _with_addend(graph, node)
+            graph.fold(node, folded)
+            if folded is None:
+                _with_lookups(graph, node)
     return model.replace(nodes=tuple(graph.nodes.values()))
 
 
@@ -122,6 +125,27 @@ def _with_addend(graph: _Graph, add: Node) -> tuple[str, Node] | None:
         if conv is not None and _same(graph, own, other):
             return _convolution(conv, add, (*conv.inputs[:2], conv.input(2), other))
     return None
+
+
+def _with_lookups(graph: _Graph, add: Node) -> None:
+    """Add rows of several tables in one pass: what an encoder's embeddings are."""
+    parts = [graph.nodes.get(name) for name in add.inputs]
+    if any(part is None or graph.uses[part.name] != 1 or not _looks_up(graph, part) for part in parts):
+        return
+    pairs = tuple(name for part in parts if part is not None for name in part.inputs)
+    if len(pairs) <= OPS[OWN, "Lookups"].arity[1] and _same(graph, *add.inputs):
+        for part in parts:
+            assert part is not None
+            del graph.nodes[part.name]
+        graph.nodes[add.name] = Node("Lookups", pairs, add.outputs, domain=OWN)
+
+
+def _looks_up(graph: _Graph, node: Node) -> bool:
+    if node.op == "Lookups":
+        return True
+    table = graph.model.tensors.get(node.inputs[0])
+    rows = node.op == "Gather" and node.attributes.get("axis", 0) == 0
+    return rows and table is not None and len(table.shape) == 2 and table.dtype == np.float32
 
 
 def _same(graph: _Graph, own: str, other: str) -> bool:

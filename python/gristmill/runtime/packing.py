@@ -29,7 +29,9 @@ def sentence_model(model: Model) -> Model:
     """
     known = {IDS, MASK, TYPES, PLACES}
     if IDS not in model.inputs or not model.inputs.keys() <= known:
-        raise ModelError(f"to embed, a model must take {IDS} and no more than {sorted(known)}; this one takes {list(model.inputs)}")
+        raise ModelError(
+            f"to embed, a model must take {IDS} and no more than {sorted(known)}; this one takes {list(model.inputs)}"
+        )
     output = next((name for name in (SENTENCE, TOKENS) if name in model.outputs), model.outputs[0])
     kind = model.types[output]
     if kind.dtype != np.float32 or len(kind.shape) not in (2, 3) or not isinstance(kind.shape[-1], int):

@@ -20,7 +20,7 @@ from gristmill.ops import Node, find
 from gristmill.ops.op import as_rows, refusal
 from gristmill.runtime.arena import FOREVER, Buffer, Memory, place
 from gristmill.runtime.shapes import Shapes
-from gristmill.tensor import Quantized, Sparse, Tensor, is_int8
+from gristmill.tensor import BFloat16, Quantized, Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
 
 
@@ -73,6 +73,8 @@ def weight_view(tensor: Tensor, trained: Array | None = None) -> _core.Weight:
     shape = (tensor.shape[0], prod(tensor.shape[1:]))
     if tensor.kind == "dense":
         return _core.Weight((tensor.trainable if trained is None else trained).reshape(shape), shape)
+    if isinstance(tensor, BFloat16):
+        return _core.Weight(tensor.codes if trained is None else trained.reshape(shape), shape)
     if tensor.kind == "quantized":
         return _core.Weight(tensor.codes, shape, tensor.scale if trained is None else trained)  # type: ignore[union-attr]
     assert isinstance(tensor, Sparse)
@@ -123,7 +125,7 @@ class Layout:
         self.precision, self.low_precision = options.precision, options.low_precision
         self.steps: list[Step] = []
         self.scales: dict[str, Buffer] = {}
-        self.panels: dict[tuple[str, str], tuple[Buffer, Buffer]] = {}
+        self.panels: dict[tuple[str, str, tuple[float, int] | None], tuple[Buffer, Buffer]] = {}
         self.inputs = {name: self._fresh(name, "rows") for name in model.inputs}
         self.forms: dict[str, dict[str, Buffer]] = {name: {"rows": buffer} for name, buffer in self.inputs.items()}
         for node in model.nodes:
@@ -160,16 +162,20 @@ class Layout:
         layout = next(iter(self.forms.get(name, {})), "rows")
         return (self.lanes(name) if layout == "lanes" else self.rows(name)), layout
 
-    def codes(self, name: str, layout: str) -> tuple[Buffer, Buffer, int]:
-        """A value quantised per row into a panel: codes, scales and the number of rows. Made once and shared."""
+    def codes(self, name: str, layout: str, static: tuple[float, int] | None = None) -> tuple[Buffer, Buffer, int]:
+        """A value quantised into a panel, per row or with a static scale and zero point: codes, scales and the number of rows.
+
+        Made once and shared.
+        """
         m, k = as_rows(self._shape(name))
-        if (name, layout) not in self.panels:
+        key = (name, layout, static)
+        if key not in self.panels:
             x, form = self.stored(name)
             x = x if form == "lanes" else x.reshape(m, k)
             codes, scales = self.scratch(_core.codes_nbytes(m, k, layout)), Buffer((m,), np.float32)
-            self.step(_core.quantize_activations, x, form == "lanes", layout, codes, scales)
-            self.panels[name, layout] = (codes, scales)
-        return (*self.panels[name, layout], m)
+            self.step(_core.quantize_activations, x, form == "lanes", layout, codes, scales, *(static or ()))
+            self.panels[key] = (codes, scales)
+        return (*self.panels[key], m)
 
     def output(self, name: str, layout: str = "rows") -> Buffer:
         """A new buffer for a value that the present node makes."""
@@ -242,7 +248,7 @@ class Layout:
             array = np.ascontiguousarray(self.values[name]).reshape(self.values[name].shape)
             return Buffer(array.shape, array.dtype, array)
         tensor, trained = self.model.tensors[name], self.trainable.get(name)
-        if trained is not None and tensor.kind != "dense":
+        if trained is not None and tensor.kind not in ("dense", "bf16"):
             raise ModelError(f"'{name}' trains in {tensor.kind} form, which nothing but a Linear can read")
         array = np.asarray(tensor.dense(), order="C") if trained is None else trained
         return Buffer(array.shape, array.dtype, array)

@@ -42,25 +42,39 @@ static void pack_window_f32_avx2(const float *in, int64_t plane, int64_t channel
     }
 }
 
-static void tap_sum_f32_avx2(const float *const *taps, const float *factors, int64_t count, float bias, float *out, int64_t n) {
-    const __m256 start = _mm256_set1_ps(bias);
+/* A tile of rows x vectors at offset j of rows [r, r + rows). */
+FC_INLINE void sum_tile(const int rows, const int vectors, const float *const *taps, const float *factors, int64_t count,
+                        float bias, float *out, const fc_rows_walk *w, int64_t r, int64_t j) {
+    __m256 sum[BLOCK];
+#pragma GCC unroll 4
+    for (int v = 0; v < rows * vectors; v++) sum[v] = _mm256_set1_ps(bias);
+    for (int64_t t = 0; t < count; t++) {
+        const __m256 factor = _mm256_set1_ps(factors[t]);
+        const float *tap = taps[t] + r * w->in + j;
+#pragma GCC unroll 4
+        for (int v = 0; v < rows * vectors; v++)
+            sum[v] = _mm256_fmadd_ps(factor, _mm256_loadu_ps(tap + v / vectors * w->in + v % vectors * LANES), sum[v]);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < rows * vectors; v++) _mm256_storeu_ps(out + (r + v / vectors) * w->out + j + v % vectors * LANES, sum[v]);
+}
+
+/* One vector of every row, four rows at a time. */
+FC_INLINE void sum_strip(const float *const *taps, const float *factors, int64_t count, float bias, float *out, fc_rows_walk w,
+                         int64_t j) {
+    int64_t r = 0;
+    for (; r + BLOCK <= w.rows; r += BLOCK) sum_tile(BLOCK, 1, taps, factors, count, bias, out, &w, r, j);
+    for (; r < w.rows; r++) sum_tile(1, 1, taps, factors, count, bias, out, &w, r, j);
+}
+
+static void tap_sum_f32_avx2(const float *const *taps, const float *factors, int64_t count, float bias, float *out,
+                             fc_rows_walk w) {
     int64_t j = 0;
-    for (; j + BLOCK * LANES <= n; j += BLOCK * LANES) {
-        __m256 sum[BLOCK] = {start, start, start, start};
-        for (int64_t t = 0; t < count; t++) {
-            const __m256 factor = _mm256_set1_ps(factors[t]);
-#pragma GCC unroll 4
-            for (int v = 0; v < BLOCK; v++) sum[v] = _mm256_fmadd_ps(factor, _mm256_loadu_ps(taps[t] + j + v * LANES), sum[v]);
-        }
-#pragma GCC unroll 4
-        for (int v = 0; v < BLOCK; v++) _mm256_storeu_ps(out + j + v * LANES, sum[v]);
-    }
-    for (; j + LANES <= n; j += LANES) {
-        __m256 sum = start;
-        for (int64_t t = 0; t < count; t++) sum = _mm256_fmadd_ps(_mm256_set1_ps(factors[t]), _mm256_loadu_ps(taps[t] + j), sum);
-        _mm256_storeu_ps(out + j, sum);
-    }
-    for (; j < n; j++) out[j] = tap_sum_at(taps, factors, count, bias, j);
+    for (; j + BLOCK * LANES <= w.n; j += BLOCK * LANES)
+        for (int64_t r = 0; r < w.rows; r++) sum_tile(1, BLOCK, taps, factors, count, bias, out, &w, r, j);
+    for (; j + LANES <= w.n; j += LANES) sum_strip(taps, factors, count, bias, out, w, j);
+    for (int64_t r = 0; r < w.rows; r++)
+        for (int64_t i = j; i < w.n; i++) out[r * w.out + i] = tap_sum_at(taps, factors, count, bias, r * w.in + i);
 }
 
 /* vmaxps gives its second operand where one is NaN. */
@@ -68,24 +82,36 @@ FC_INLINE __m256 larger_or_nan_x8(__m256 best, __m256 x) {
     return _mm256_blendv_ps(_mm256_max_ps(x, best), x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
 }
 
-static void tap_max_f32_avx2(const float *const *taps, int64_t count, float *out, int64_t n) {
+FC_INLINE void max_tile(const int rows, const int vectors, const float *const *taps, int64_t count, float *out,
+                        const fc_rows_walk *w, int64_t r, int64_t j) {
+    __m256 best[BLOCK];
+    const float *first = taps[0] + r * w->in + j;
+#pragma GCC unroll 4
+    for (int v = 0; v < rows * vectors; v++) best[v] = _mm256_loadu_ps(first + v / vectors * w->in + v % vectors * LANES);
+    for (int64_t t = 1; t < count; t++) {
+        const float *tap = taps[t] + r * w->in + j;
+#pragma GCC unroll 4
+        for (int v = 0; v < rows * vectors; v++)
+            best[v] = larger_or_nan_x8(best[v], _mm256_loadu_ps(tap + v / vectors * w->in + v % vectors * LANES));
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < rows * vectors; v++)
+        _mm256_storeu_ps(out + (r + v / vectors) * w->out + j + v % vectors * LANES, best[v]);
+}
+
+FC_INLINE void max_strip(const float *const *taps, int64_t count, float *out, fc_rows_walk w, int64_t j) {
+    int64_t r = 0;
+    for (; r + BLOCK <= w.rows; r += BLOCK) max_tile(BLOCK, 1, taps, count, out, &w, r, j);
+    for (; r < w.rows; r++) max_tile(1, 1, taps, count, out, &w, r, j);
+}
+
+static void tap_max_f32_avx2(const float *const *taps, int64_t count, float *out, fc_rows_walk w) {
     int64_t j = 0;
-    for (; j + BLOCK * LANES <= n; j += BLOCK * LANES) {
-        __m256 best[BLOCK];
-#pragma GCC unroll 4
-        for (int v = 0; v < BLOCK; v++) best[v] = _mm256_loadu_ps(taps[0] + j + v * LANES);
-        for (int64_t t = 1; t < count; t++)
-#pragma GCC unroll 4
-            for (int v = 0; v < BLOCK; v++) best[v] = larger_or_nan_x8(best[v], _mm256_loadu_ps(taps[t] + j + v * LANES));
-#pragma GCC unroll 4
-        for (int v = 0; v < BLOCK; v++) _mm256_storeu_ps(out + j + v * LANES, best[v]);
-    }
-    for (; j + LANES <= n; j += LANES) {
-        __m256 best = _mm256_loadu_ps(taps[0] + j);
-        for (int64_t t = 1; t < count; t++) best = larger_or_nan_x8(best, _mm256_loadu_ps(taps[t] + j));
-        _mm256_storeu_ps(out + j, best);
-    }
-    for (; j < n; j++) out[j] = tap_max_at(taps, count, j);
+    for (; j + BLOCK * LANES <= w.n; j += BLOCK * LANES)
+        for (int64_t r = 0; r < w.rows; r++) max_tile(1, BLOCK, taps, count, out, &w, r, j);
+    for (; j + LANES <= w.n; j += LANES) max_strip(taps, count, out, w, j);
+    for (int64_t r = 0; r < w.rows; r++)
+        for (int64_t i = j; i < w.n; i++) out[r * w.out + i] = tap_max_at(taps, count, r * w.in + i);
 }
 
 static float sum_f32_avx2(const float *x, int64_t n) {

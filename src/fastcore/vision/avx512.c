@@ -69,26 +69,39 @@ static void pack_window_f32_avx512(const float *in, int64_t plane, int64_t chann
     }
 }
 
-static void tap_sum_f32_avx512(const float *const *taps, const float *factors, int64_t count, float bias, float *out, int64_t n) {
-    const __m512 start = _mm512_set1_ps(bias);
+/* A tile of rows x vectors at offset j of rows [r, r + rows). */
+FC_INLINE void sum_tile(const int rows, const int vectors, const float *const *taps, const float *factors, int64_t count,
+                        float bias, float *out, const fc_rows_walk *w, int64_t r, int64_t j, __mmask16 lanes) {
+    __m512 sum[BLOCK];
+#pragma GCC unroll 4
+    for (int v = 0; v < rows * vectors; v++) sum[v] = _mm512_set1_ps(bias);
+    for (int64_t t = 0; t < count; t++) {
+        const __m512 factor = _mm512_set1_ps(factors[t]);
+        const float *tap = taps[t] + r * w->in + j;
+#pragma GCC unroll 4
+        for (int v = 0; v < rows * vectors; v++)
+            sum[v] =
+                _mm512_fmadd_ps(factor, _mm512_maskz_loadu_ps(lanes, tap + v / vectors * w->in + v % vectors * LANES), sum[v]);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < rows * vectors; v++)
+        _mm512_mask_storeu_ps(out + (r + v / vectors) * w->out + j + v % vectors * LANES, lanes, sum[v]);
+}
+
+/* One vector of every row, four rows at a time. */
+FC_INLINE void sum_strip(const float *const *taps, const float *factors, int64_t count, float bias, float *out, fc_rows_walk w,
+                         int64_t j, __mmask16 lanes) {
+    int64_t r = 0;
+    for (; r + BLOCK <= w.rows; r += BLOCK) sum_tile(BLOCK, 1, taps, factors, count, bias, out, &w, r, j, lanes);
+    for (; r < w.rows; r++) sum_tile(1, 1, taps, factors, count, bias, out, &w, r, j, lanes);
+}
+
+static void tap_sum_f32_avx512(const float *const *taps, const float *factors, int64_t count, float bias, float *out,
+                               fc_rows_walk w) {
     int64_t j = 0;
-    for (; j + BLOCK * LANES <= n; j += BLOCK * LANES) {
-        __m512 sum[BLOCK] = {start, start, start, start};
-        for (int64_t t = 0; t < count; t++) {
-            const __m512 factor = _mm512_set1_ps(factors[t]);
-#pragma GCC unroll 4
-            for (int v = 0; v < BLOCK; v++) sum[v] = _mm512_fmadd_ps(factor, _mm512_loadu_ps(taps[t] + j + v * LANES), sum[v]);
-        }
-#pragma GCC unroll 4
-        for (int v = 0; v < BLOCK; v++) _mm512_storeu_ps(out + j + v * LANES, sum[v]);
-    }
-    for (; j < n; j += LANES) {
-        const __mmask16 lanes = first_lanes(n - j);
-        __m512 sum = start;
-        for (int64_t t = 0; t < count; t++)
-            sum = _mm512_fmadd_ps(_mm512_set1_ps(factors[t]), _mm512_maskz_loadu_ps(lanes, taps[t] + j), sum);
-        _mm512_mask_storeu_ps(out + j, lanes, sum);
-    }
+    for (; j + BLOCK * LANES <= w.n; j += BLOCK * LANES)
+        for (int64_t r = 0; r < w.rows; r++) sum_tile(1, BLOCK, taps, factors, count, bias, out, &w, r, j, 0xffff);
+    for (; j < w.n; j += LANES) sum_strip(taps, factors, count, bias, out, w, j, first_lanes(w.n - j));
 }
 
 /* vmaxps gives its second operand where one is NaN. */
@@ -96,24 +109,35 @@ FC_INLINE __m512 larger_or_nan_x16(__m512 best, __m512 x) {
     return _mm512_mask_mov_ps(_mm512_max_ps(x, best), _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
 }
 
-static void tap_max_f32_avx512(const float *const *taps, int64_t count, float *out, int64_t n) {
+FC_INLINE void max_tile(const int rows, const int vectors, const float *const *taps, int64_t count, float *out,
+                        const fc_rows_walk *w, int64_t r, int64_t j, __mmask16 lanes) {
+    __m512 best[BLOCK];
+    const float *first = taps[0] + r * w->in + j;
+#pragma GCC unroll 4
+    for (int v = 0; v < rows * vectors; v++)
+        best[v] = _mm512_maskz_loadu_ps(lanes, first + v / vectors * w->in + v % vectors * LANES);
+    for (int64_t t = 1; t < count; t++) {
+        const float *tap = taps[t] + r * w->in + j;
+#pragma GCC unroll 4
+        for (int v = 0; v < rows * vectors; v++)
+            best[v] = larger_or_nan_x16(best[v], _mm512_maskz_loadu_ps(lanes, tap + v / vectors * w->in + v % vectors * LANES));
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < rows * vectors; v++)
+        _mm512_mask_storeu_ps(out + (r + v / vectors) * w->out + j + v % vectors * LANES, lanes, best[v]);
+}
+
+FC_INLINE void max_strip(const float *const *taps, int64_t count, float *out, fc_rows_walk w, int64_t j, __mmask16 lanes) {
+    int64_t r = 0;
+    for (; r + BLOCK <= w.rows; r += BLOCK) max_tile(BLOCK, 1, taps, count, out, &w, r, j, lanes);
+    for (; r < w.rows; r++) max_tile(1, 1, taps, count, out, &w, r, j, lanes);
+}
+
+static void tap_max_f32_avx512(const float *const *taps, int64_t count, float *out, fc_rows_walk w) {
     int64_t j = 0;
-    for (; j + BLOCK * LANES <= n; j += BLOCK * LANES) {
-        __m512 best[BLOCK];
-#pragma GCC unroll 4
-        for (int v = 0; v < BLOCK; v++) best[v] = _mm512_loadu_ps(taps[0] + j + v * LANES);
-        for (int64_t t = 1; t < count; t++)
-#pragma GCC unroll 4
-            for (int v = 0; v < BLOCK; v++) best[v] = larger_or_nan_x16(best[v], _mm512_loadu_ps(taps[t] + j + v * LANES));
-#pragma GCC unroll 4
-        for (int v = 0; v < BLOCK; v++) _mm512_storeu_ps(out + j + v * LANES, best[v]);
-    }
-    for (; j < n; j += LANES) {
-        const __mmask16 lanes = first_lanes(n - j);
-        __m512 best = _mm512_maskz_loadu_ps(lanes, taps[0] + j);
-        for (int64_t t = 1; t < count; t++) best = larger_or_nan_x16(best, _mm512_maskz_loadu_ps(lanes, taps[t] + j));
-        _mm512_mask_storeu_ps(out + j, lanes, best);
-    }
+    for (; j + BLOCK * LANES <= w.n; j += BLOCK * LANES)
+        for (int64_t r = 0; r < w.rows; r++) max_tile(1, BLOCK, taps, count, out, &w, r, j, 0xffff);
+    for (; j < w.n; j += LANES) max_strip(taps, count, out, w, j, first_lanes(w.n - j));
 }
 
 static float sum_f32_avx512(const float *x, int64_t n) {

@@ -62,20 +62,30 @@ void fc_pack_convolution(const void *args, int rank, int size) {
     }
 }
 
-/* Where pixels [pixel, pixel + cols) of the output read at one tap; returns the number of runs. */
-static int64_t find_runs(const fc_window *w, int64_t tap, int64_t pixel, int64_t cols, fc_run *runs) {
+/* The part of a panel that lies in one output row: lanes [at, at + count) are columns [col, col + count) of `row`. */
+typedef struct segment {
+    int64_t row, col, at, count;
+} segment;
+
+/* Cut pixels [pixel, pixel + cols) of the output at the ends of its rows; returns the number of segments. */
+static int64_t cut_panel(const fc_window *w, int64_t pixel, int64_t cols, segment *segments) {
+    int64_t found = 0, row = pixel / w->out_width, col = pixel % w->out_width;
+    for (int64_t at = 0; at < cols; at += segments[found++].count, row++, col = 0)
+        segments[found] = (segment){row, col, at, smaller(cols - at, w->out_width - col)};
+    return found;
+}
+
+/* Where a panel reads at one tap; returns the number of runs. */
+static int64_t find_runs(const fc_window *w, int64_t tap, const segment *segments, int64_t count, fc_run *runs) {
     const int64_t dy = tap / w->kernel_width * w->dilation_y - w->top, dx = tap % w->kernel_width * w->dilation_x - w->left;
     /* The columns whose element lies inside the image. */
     const int64_t first = dx < 0 ? pieces(-dx, w->stride_x) : 0;
-    const int64_t last = w->width - 1 - dx < 0 ? 0 : smaller(w->out_width, (w->width - 1 - dx) / w->stride_x + 1);
+    const int64_t last = dx < w->width ? pieces(w->width - dx, w->stride_x) : 0;
     int64_t found = 0;
-    for (int64_t at = 0; at < cols;) {
-        const int64_t row = (pixel + at) / w->out_width, col = (pixel + at) % w->out_width;
-        const int64_t count = smaller(cols - at, w->out_width - col), y = row * w->stride_y + dy;
-        const int64_t from = larger(first, col), end = smaller(last, col + count);
+    for (const segment *s = segments; s < segments + count; s++) {
+        const int64_t y = s->row * w->stride_y + dy, from = larger(first, s->col), end = smaller(last, s->col + s->count);
         if (y >= 0 && y < w->height && from < end)
-            runs[found++] = (fc_run){y * w->width + from * w->stride_x + dx, at + from - col, end - from};
-        at += count;
+            runs[found++] = (fc_run){y * w->width + from * w->stride_x + dx, s->at + from - s->col, end - from};
     }
     return found;
 }
@@ -86,22 +96,18 @@ static int is_pointwise(const fc_window *w) {
            w->out_width == w->width;
 }
 
-/* Pack depths [depth, depth + depths), counted [tap][channel], of pixels [pixel, pixel + cols). */
-static void pack_slab(const fc_window *w, const float *x, int64_t channels, int64_t depth, int64_t depths, int64_t pixel,
-                      int64_t cols, float *out) {
+/* Pack depths [depth, depth + depths), counted [tap][channel], of a panel. */
+static void pack_slab(const fc_window *w, const float *x, int64_t channels, int64_t depth, int64_t depths,
+                      const segment *segments, int64_t count, float *out) {
     const int64_t plane = w->height * w->width, width = fc_kernels.gemm_cols;
-    if (is_pointwise(w)) {
-        fc_kernels.pack_columns_f32(x + depth * plane + pixel, plane, cols, depths, out, width);
-        return;
-    }
     while (depths > 0) {
-        const int64_t channel = depth % channels, count = smaller(depths, channels - channel);
+        const int64_t channel = depth % channels, some = smaller(depths, channels - channel);
         fc_run runs[MOST_RUNS];
-        const int64_t found = find_runs(w, depth / channels, pixel, cols, runs);
-        fc_kernels.pack_window_f32(x + channel * plane, plane, count, w->stride_x, runs, found, out, width);
-        depth += count;
-        depths -= count;
-        out += count * width;
+        const int64_t found = find_runs(w, depth / channels, segments, count, runs);
+        fc_kernels.pack_window_f32(x + channel * plane, plane, some, w->stride_x, runs, found, out, width);
+        depth += some;
+        depths -= some;
+        out += some * width;
     }
 }
 
@@ -123,10 +129,15 @@ static void convolve_panel(const fc_convolution_args *a, int64_t image, int64_t 
     const float *weight = a->weight + g * filters * depth;
     float *out = a->out + (image * a->filters + g * filters) * plane + pixel;
     const int64_t step = slab_depth(depth), width = fc_kernels.gemm_cols;
+    segment segments[MOST_RUNS];
+    const int64_t count = cut_panel(w, pixel, cols, segments);
     int64_t d = 0;
     do {
         const int64_t depths = smaller(step, depth - d);
-        pack_slab(w, x, channels, d, depths, pixel, cols, slab);
+        if (is_pointwise(w))
+            fc_kernels.pack_columns_f32(x + d * plane + pixel, plane, cols, depths, slab, width);
+        else
+            pack_slab(w, x, channels, d, depths, segments, count, slab);
         for (int64_t t = tile; t < end; t++) {
             const int64_t first = tile_row(filters, t), rows = tile_row(filters, t + 1) - first;
             fc_kernels.gemm_f32(rows, cols, depths, weight + first * depth + d * rows, slab, width, 0, out + first * plane, plane,
@@ -202,6 +213,8 @@ static void stage_row(const fc_window *w, const float *in, float fill, float *ou
         for (int64_t i = 0; i < first; i++) out[i] = fill;
         if (stride == 1)
             memcpy(out + first, in ? in + first - before : out + first, (size_t)larger(0, last - first) * sizeof(float));
+        else if (stride == 2) /* said apart, for the compiler makes shuffles of it */
+            for (int64_t i = first; i < last; i++) out[i] = in[i * 2 - before];
         else
             for (int64_t i = first; i < last; i++) out[i] = in[i * stride - before];
         for (int64_t i = larger(first, last); i < pitch; i++) out[i] = fill;
@@ -216,14 +229,18 @@ static void stage(const fc_window *w, const float *plane, int64_t row, int64_t r
     }
 }
 
-/* Point at every tap of output row `row` of the band. */
-static void aim(const fc_window *w, int64_t row, const staging *s) {
+/* Point at every tap of the band's first output row. */
+static void aim(const fc_window *w, const staging *s) {
     for (int64_t ky = 0; ky < w->kernel_height; ky++)
         for (int64_t kx = 0; kx < w->kernel_width; kx++) {
             const int64_t dx = kx * w->dilation_x;
-            s->taps[ky * w->kernel_width + kx] = s->rows + (row * w->stride_y + ky * w->dilation_y) * row_pitch(w) +
-                                                 dx % w->stride_x * phase_pitch(w) + dx / w->stride_x;
+            s->taps[ky * w->kernel_width + kx] =
+                s->rows + ky * w->dilation_y * row_pitch(w) + dx % w->stride_x * phase_pitch(w) + dx / w->stride_x;
         }
+}
+
+static fc_rows_walk walk_of(const fc_window *w, int64_t rows) {
+    return (fc_rows_walk){rows, w->stride_y * row_pitch(w), w->out_width, w->out_width};
 }
 
 void fc_depthwise(const void *args, int rank, int size) {
@@ -234,6 +251,7 @@ void fc_depthwise(const void *args, int rank, int size) {
     float *scratch = carve(a->scratch, a->scratch_bytes, fc_staging_scratch(w), rank, size, &team);
     if (!scratch || each == 0) return;
     const staging s = lay_out(w, scratch);
+    aim(w, &s);
     int64_t item, end;
     fc_partition(a->images * a->channels * bands, 1, rank, team, &item, &end);
     for (; item < end; item++) {
@@ -242,11 +260,8 @@ void fc_depthwise(const void *args, int rank, int size) {
         for (int64_t f = plane * each; f < (plane + 1) * each; f++) {
             const int64_t filter = f % a->filters;
             float *out = a->out + (f * w->out_height + row) * w->out_width;
-            for (int64_t i = 0; i < rows; i++) {
-                aim(w, i, &s);
-                fc_kernels.tap_sum_f32(s.taps, a->weight + filter * taps, taps, a->bias ? a->bias[filter] : 0.0f,
-                                       out + i * w->out_width, w->out_width);
-            }
+            fc_kernels.tap_sum_f32(s.taps, a->weight + filter * taps, taps, a->bias ? a->bias[filter] : 0.0f, out,
+                                   walk_of(w, rows));
             const int64_t n = rows * w->out_width;
             if (a->addend || a->low > -INFINITY || a->high < INFINITY)
                 fc_kernels.bias_clip_f32(out, n, 1, n, NULL, a->addend ? a->addend + (out - a->out) : NULL, a->low, a->high);
@@ -283,6 +298,7 @@ void fc_pool(const void *args, int rank, int size) {
     float *scratch = carve(p->scratch, p->scratch_bytes, fc_staging_scratch(w), rank, size, &team);
     if (!scratch) return;
     const staging s = lay_out(w, scratch);
+    aim(w, &s);
     if (p->average) {
         const int64_t begin = p->include_pad ? -w->left : 0, last = w->width + (p->include_pad ? p->right : 0);
         for (int64_t t = 0; t < taps; t++) s.ones[t] = 1.0f;
@@ -294,16 +310,13 @@ void fc_pool(const void *args, int rank, int size) {
     for (; item < end; item++) {
         const int64_t plane = item / bands, row = item % bands * band_rows(w), rows = smaller(band_rows(w), w->out_height - row);
         stage(w, p->x + plane * w->height * w->width, row, rows, p->average ? 0.0f : -INFINITY, &s);
-        for (int64_t i = 0; i < rows; i++) {
-            float *out = p->out + (plane * w->out_height + row + i) * w->out_width;
-            aim(w, i, &s);
-            if (p->average) {
-                fc_kernels.tap_sum_f32(s.taps, s.ones, taps, 0.0f, out, w->out_width);
-                average_row(p, row + i, s.columns, out);
-            } else {
-                fc_kernels.tap_max_f32(s.taps, taps, out, w->out_width);
-            }
+        float *out = p->out + (plane * w->out_height + row) * w->out_width;
+        if (!p->average) {
+            fc_kernels.tap_max_f32(s.taps, taps, out, walk_of(w, rows));
+            continue;
         }
+        fc_kernels.tap_sum_f32(s.taps, s.ones, taps, 0.0f, out, walk_of(w, rows));
+        for (int64_t i = 0; i < rows; i++) average_row(p, row + i, s.columns, out + i * w->out_width);
     }
 }
 
@@ -323,6 +336,6 @@ void fc_scale_channels(const void *args, int rank, int size) {
     for (int64_t i = begin; i < end; i++) {
         const float *plane = p->x + i * p->n;
         const int64_t c = i % p->channels;
-        fc_kernels.tap_sum_f32(&plane, p->factor + c, 1, p->offset[c], p->out + i * p->n, p->n);
+        fc_kernels.tap_sum_f32(&plane, p->factor + c, 1, p->offset[c], p->out + i * p->n, (fc_rows_walk){1, p->n, p->n, p->n});
     }
 }

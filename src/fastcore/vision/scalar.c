@@ -7,12 +7,15 @@ static void pack_window_f32_scalar(const float *in, int64_t plane, int64_t chann
     pack_window_body(in, plane, channels, stride, runs, count, out, width);
 }
 
-static void tap_sum_f32_scalar(const float *const *taps, const float *factors, int64_t count, float bias, float *out, int64_t n) {
-    for (int64_t j = 0; j < n; j++) out[j] = tap_sum_at(taps, factors, count, bias, j);
+static void tap_sum_f32_scalar(const float *const *taps, const float *factors, int64_t count, float bias, float *out,
+                               fc_rows_walk w) {
+    for (int64_t r = 0; r < w.rows; r++)
+        for (int64_t j = 0; j < w.n; j++) out[r * w.out + j] = tap_sum_at(taps, factors, count, bias, r * w.in + j);
 }
 
-static void tap_max_f32_scalar(const float *const *taps, int64_t count, float *out, int64_t n) {
-    for (int64_t j = 0; j < n; j++) out[j] = tap_max_at(taps, count, j);
+static void tap_max_f32_scalar(const float *const *taps, int64_t count, float *out, fc_rows_walk w) {
+    for (int64_t r = 0; r < w.rows; r++)
+        for (int64_t j = 0; j < w.n; j++) out[r * w.out + j] = tap_max_at(taps, count, r * w.in + j);
 }
 
 static float sum_f32_scalar(const float *x, int64_t n) {

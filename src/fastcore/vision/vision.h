@@ -26,12 +26,18 @@ typedef struct fc_run {
 typedef void fc_pack_window_f32_fn(const float *in, int64_t plane, int64_t channels, int64_t stride, const fc_run *runs,
                                    int64_t count, float *out, int64_t width);
 
-/* out[j] = bias + sum over t of factors[t] * taps[t][j], 0 <= j < n: one chain of fused multiply-adds in ascending t. Exact.
- * out does not overlap what is read, unless count is 1 and it is taps[0]. */
-typedef void fc_tap_sum_f32_fn(const float *const *taps, const float *factors, int64_t count, float bias, float *out, int64_t n);
+/* Rows that a walk over taps reads and writes: `in` and `out` floats lie between the beginnings of two rows of n. */
+typedef struct fc_rows_walk {
+    int64_t rows, in, out, n;
+} fc_rows_walk;
 
-/* out[j] = the largest of taps[t][j], the first among equals; NaN if one is NaN. count >= 1. Exact. */
-typedef void fc_tap_max_f32_fn(const float *const *taps, int64_t count, float *out, int64_t n);
+/* out[r * w.out + j] = bias + sum over t of factors[t] * taps[t][r * w.in + j], 0 <= r < w.rows, 0 <= j < w.n: one chain of
+ * fused multiply-adds in ascending t. Exact. out does not overlap what is read, unless count is 1 and it is taps[0]. */
+typedef void fc_tap_sum_f32_fn(const float *const *taps, const float *factors, int64_t count, float bias, float *out,
+                               fc_rows_walk w);
+
+/* out[r * w.out + j] = the largest of taps[t][r * w.in + j], the first among equals; NaN if one is NaN. count >= 1. Exact. */
+typedef void fc_tap_max_f32_fn(const float *const *taps, int64_t count, float *out, fc_rows_walk w);
 
 /* Return the sum of x[i], in an order that depends on n alone; bounded by n * eps * sum |x|. */
 typedef float fc_sum_f32_fn(const float *x, int64_t n);

@@ -16,7 +16,16 @@ ACTIVATIONS = {
     "relu": "relu", "silu": "silu", "swish": "silu", "tanh": "tanh", "sigmoid": "sigmoid",
 }  # fmt: skip
 # What checkpoints hold beside the encoder: buffers, and the heads of pretraining.
-UNUSED = ("embeddings.position_ids", "embeddings.token_type_ids", "pooler.", "cls.", "lm_head.", "vocab_", "classifier.", "qa_outputs.")
+UNUSED = (
+    "embeddings.position_ids",
+    "embeddings.token_type_ids",
+    "pooler.",
+    "cls.",
+    "lm_head.",
+    "vocab_",
+    "classifier.",
+    "qa_outputs.",
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,9 @@ DISTILLED_NAMES = (
 ROBERTA = Family(KEYS, "roberta.", (("classifier.dense", "tanh"), ("classifier.out_proj", None)), counts_padding=False)
 FAMILIES = {
     "bert": Family(KEYS, "bert.", (("pooler.dense", "tanh"), ("classifier", None))),
-    "distilbert": Family(DISTILLED, "distilbert.", (("pre_classifier", "relu"), ("classifier", None)), DISTILLED_NAMES, typed=False),
+    "distilbert": Family(
+        DISTILLED, "distilbert.", (("pre_classifier", "relu"), ("classifier", None)), DISTILLED_NAMES, typed=False
+    ),
     "roberta": ROBERTA,
     "xlm-roberta": ROBERTA,
 }
@@ -142,7 +153,9 @@ def _with_head(shape: Encoder, config: Fields, family: Family, stored: dict[str,
         raise config.fault("architectures", "a list of names")
     head = next((end for end in HEADS if named[0].endswith(end)), None)
     if head is None:
-        raise FormatError(f"config.json: the head of {named[0][:80]!r} is not known; known are names that end in {', '.join(HEADS)}")
+        raise FormatError(
+            f"config.json: the head of {named[0][:80]!r} is not known; known are names that end in {', '.join(HEADS)}"
+        )
     pooling, layers = HEADS[head](family)
     projections = []
     for name, activation in layers:
