@@ -1,9 +1,9 @@
-"""Attention: products of queries and keys, softmax, products with values, become MaskedAttention over [batch, length, heads * width].
+"""Attention: products of queries and keys, softmax, products with values, become MaskedAttention over [batch, length, columns].
 
-What is between the products may come in any order: scaling on either side or of the scores, an additive mask, a Where. The mask must be
-proven to come from one [batch, keys] mask (`masks`); a graph whose mask is not proven is left as it is. A row of which every key is
-masked has no meaning that exporters agree on: additive masks of -10000 attend as if there were no mask, -inf gives NaN or 0, MaskedAttention
-what it gives.
+What is between the products may come in any order: scaling on either side or of the scores, an additive mask, a Where. The mask must
+be proven to come from one [batch, keys] mask (`masks`); a graph whose mask is not proven is left as it is. A row of which every key
+is masked has no meaning that exporters agree on: additive masks of -10000 attend as if there were no mask, -inf gives NaN or 0;
+MaskedAttention gives what it gives.
 """
 
 from dataclasses import dataclass, replace
@@ -78,7 +78,7 @@ def _weights(graph: Graph, name: str) -> Node | None:
 
 
 def _masked_whole(graph: Graph, name: str, softmax: str) -> bool:
-    """Whether a condition holds at most where a row of scores is masked whole: weights are NaN there, or no bias is above -inf."""
+    """Whether a condition holds at most where a row of scores is masked whole: weights are NaN, or no bias is above -inf."""
     test = graph.maker(name, "IsNaN", "Equal")
     if test is None or test.op == "IsNaN":
         return test is not None and graph.resolve(test.inputs[0]) == softmax
@@ -264,7 +264,7 @@ def _attended(graph: Graph, table: Table) -> str:
         name = f"{source}.attended"
         if graph.maker(name) is None:
             test = source
-            if dtype != bool:
+            if dtype != np.bool_:
                 test = graph.fresh(f"{source}.bool")
                 graph.put(Node("Cast", (source,), (test,), {"to": "bool"}))
             graph.put(Node("Not", (test,), (name,)))

@@ -1,7 +1,7 @@
 """What ONNX Runtime's own optimiser writes: operators of the domain com.microsoft, as the reader takes them apart.
 
-Each rule emits standard operators, or ours, into the graph that the reader builds and returns the names of the outputs. Semantics:
-docs/ContribOperators.md of the onnxruntime project.
+Each rule emits standard operators, or ours, into the graph that the reader builds and returns the names of the outputs.
+Semantics: docs/ContribOperators.md of the onnxruntime project.
 """
 
 from collections.abc import Callable

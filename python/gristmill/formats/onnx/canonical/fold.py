@@ -23,7 +23,7 @@ NEUTRAL = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1, "And": True}
 
 
 def fold(model: Model) -> Model:
-    """Compute what depends on constants alone, also where a constant is the extent of a dimension; then drop what does nothing."""
+    """Compute what depends on constants alone, extents of dimensions among them; drop what does nothing."""
     graph = Graph(model)
     for node in graph.walk():
         if not _known(graph, node) and not _computed(graph, node):
@@ -71,9 +71,7 @@ def _dropped(graph: Graph, node: Node) -> None:
     """Let readers of a node that changes nothing read its input; make the shape of a Reshape a constant."""
     if node.op in NOTHING and NOTHING[node.op](graph, node) and not any(map(graph.is_read, node.outputs[1:])):
         graph.alias(node.name, node.inputs[0])
-    elif (node.op in NEUTRAL and (kept := _neutral(graph, node)) is not None) or (
-        node.op == "Where" and (kept := _chosen(graph, node)) is not None
-    ):
+    elif (kept := _kept(graph, node)) is not None:
         graph.alias(node.name, kept)
     elif node.op == "CastLike":
         _fix_dtype(graph, node)
@@ -116,6 +114,13 @@ NOTHING = {
     "Squeeze": _same_shape,
     "Transpose": _in_order,
 }
+
+
+def _kept(graph: Graph, node: Node) -> str | None:
+    """The operand that a node passes on, where a constant makes it do no more."""
+    if node.op == "Where":
+        return _chosen(graph, node)
+    return _neutral(graph, node) if node.op in NEUTRAL else None
 
 
 def _neutral(graph: Graph, node: Node) -> str | None:

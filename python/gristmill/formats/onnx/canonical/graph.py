@@ -16,7 +16,7 @@ from gristmill.formats.onnx.canonical.dims import size
 from gristmill.formats.onnx.canonical.facts import Facts
 from gristmill.formats.onnx.canonical.shapes import Shape
 from gristmill.model import Model
-from gristmill.ops import Node
+from gristmill.ops import OWN, Node
 from gristmill.tensor import Dense, Tensor
 from gristmill.tensor.parts import Array
 
@@ -44,9 +44,9 @@ class Graph:
     def walk(self, *ops: str) -> Iterator[Node]:
         """Yield the nodes of some operators (or all) in order, their inputs as they are after the changes so far."""
         for node in self._nodes:
-            if not ops or (node.op in ops and node.domain in ("", "gristmill")):
-                if self._makers.get(node.name) is node:
-                    yield self._current(node)
+            wanted = not ops or (node.op in ops and node.domain in ("", OWN))
+            if wanted and self._makers.get(node.name) is node:
+                yield self._current(node)
 
     def _current(self, node: Node) -> Node:
         if self._aliases and any(name in self._aliases for name in node.inputs):

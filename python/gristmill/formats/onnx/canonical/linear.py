@@ -1,4 +1,4 @@
-"""Products with constant matrices: Gemm and MatMul become Linear, whose weight is [n, k]; constant vectors added become biases."""
+"""Products with constant matrices: Gemm and MatMul become Linear, whose weight is [n, k]; constant vectors become biases."""
 
 from dataclasses import replace
 
@@ -90,7 +90,7 @@ def rows_of(graph: Graph, linear: Node, rows: Array, name: str) -> Node:
         part: Dense | Quantized = Quantized(weight.codes[rows], weight.scale[rows])
     else:
         part = Dense(weight.dense()[rows])
-    inputs = (linear.inputs[0], graph.tensor(part, f"{name}.weight"))
+    inputs: tuple[str, ...] = (linear.inputs[0], graph.tensor(part, f"{name}.weight"))
     bias = graph.constant(linear.inputs[2]) if linear.input(2) else None
     if bias is not None:
         inputs += (graph.tensor(bias[rows], f"{name}.bias"),)

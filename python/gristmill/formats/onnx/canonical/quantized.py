@@ -1,9 +1,9 @@
 """Int8 forms of Linear: weights that are dequantised, inputs that are rounded to codes on the way, integer products.
 
-A weight whose codes are symmetric, or are once unsigned ones are taken less 128, becomes a `Quantized` tensor; any other becomes float32.
-An input that a QuantizeLinear and a DequantizeLinear round becomes the attributes `input_scale` and `input_zero_point`. What
-DynamicQuantizeLinear rounds with one scale for the whole input, Linear rounds with a scale for each row when it runs: the result differs
-from the file's, by less than the file's differs from that of the network before it was quantised.
+A weight whose codes are symmetric, unsigned ones taken less 128, becomes a `Quantized` tensor; any other becomes float32. The rounding
+of an input by QuantizeLinear and DequantizeLinear becomes the attributes `input_scale` and `input_zero_point`. What
+DynamicQuantizeLinear rounds with one scale for the whole input, Linear rounds with a scale for each row when it runs: the result
+differs from the file's, by less than the file's differs from that of the network before it was quantised.
 """
 
 from typing import Any

@@ -21,13 +21,16 @@ BOOLEAN = {
 }  # fmt: skip
 BINARY = {"Add", "Sub", "Mul", "Div", "Pow", "Mod", "Min", "Max", "Where", "PRelu", "Sum", "Mean"} | BOOLEAN
 SAME = {
-    "Abs", "Cast", "CastLike", "Celu", "Ceil", "Clip", "Cos", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity",
-    "LayerNormalization", "LeakyRelu", "Log", "LogSoftmax", "LpNormalization", "Mish", "Neg", "RMSNormalization", "Reciprocal", "Relu",
+    "Abs", "Cast", "CastLike", "Celu", "Ceil", "Clip", "Cos", "Dropout", "Elu", "Erf",
+    "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity",
+    "LayerNormalization", "LeakyRelu", "Log", "LogSoftmax",
+    "LpNormalization", "Mish", "Neg", "RMSNormalization", "Reciprocal", "Relu",
     "Round", "Selu", "Sigmoid", "Sign", "Sin", "Softmax", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "QuantizeLinear",
     "DequantizeLinear", "BatchNormalization", "InstanceNormalization",
 }  # fmt: skip
 REDUCTIONS = {
-    "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp",
+    "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd",
+    "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp",
 }  # fmt: skip
 
 

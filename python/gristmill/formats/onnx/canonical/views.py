@@ -1,7 +1,7 @@
 """Views: drop chains of reshapes and transpositions that do nothing in sum, shorten others, and move them behind Linear nodes.
 
-A Linear works on the last axis, so that a view which keeps that axis may as well follow it. There it often meets its inverse: torch's own
-encoder layers go to [length, batch, width] and back.
+A Linear works on the last axis, so that a view which keeps that axis may as well follow it. There it often meets its inverse:
+torch's own encoder layers go to [length, batch, width] and back.
 """
 
 from dataclasses import replace
