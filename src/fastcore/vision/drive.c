@@ -280,7 +280,7 @@ static int64_t taps_inside(int64_t at, int64_t kernel, int64_t dilation, int64_t
 }
 
 /* Divide an output row by the number of elements of its windows that count. */
-static void average_row(const fc_pool_args *p, int64_t row, const float *columns, float *out) {
+static void average_row(const fc_window_pool_args *p, int64_t row, const float *columns, float *out) {
     const fc_window *w = &p->window;
     const int64_t begin = p->include_pad ? -w->top : 0, end = w->height + (p->include_pad ? p->bottom : 0);
     const float rows = (float)taps_inside(row * w->stride_y - w->top, w->kernel_height, w->dilation_y, begin, end);
@@ -290,8 +290,8 @@ static void average_row(const fc_pool_args *p, int64_t row, const float *columns
     }
 }
 
-void fc_pool_windows(const void *args, int rank, int size) {
-    const fc_pool_args *p = args;
+void fc_window_pool(const void *args, int rank, int size) {
+    const fc_window_pool_args *p = args;
     const fc_window *w = &p->window;
     const int64_t bands = pieces(w->out_height, band_rows(w)), taps = taps_of(w);
     int team;

@@ -92,7 +92,7 @@ void fc_pack_convolution(const void *args, int rank, int size);
 int64_t fc_convolution_scratch(const fc_window *window, int64_t channels, int64_t group);
 int64_t fc_staging_scratch(const fc_window *window);
 
-typedef struct fc_pool_args {
+typedef struct fc_window_pool_args {
     fc_window window;
     int64_t planes; /* images * channels */
     int average;    /* else the maximum */
@@ -102,8 +102,8 @@ typedef struct fc_pool_args {
     float *out;
     void *scratch;
     int64_t scratch_bytes;
-} fc_pool_args;
-void fc_pool_windows(const void *args, int rank, int size);
+} fc_window_pool_args;
+void fc_window_pool(const void *args, int rank, int size);
 
 /* out[p] = the mean of x[p][0 .. n). */
 typedef struct fc_planes_args {

@@ -20,7 +20,7 @@ cdef extern from "vision/vision.h" nogil:
         int64_t filters, group, depth, taps
         const float *weight
         float *out
-    ctypedef struct fc_pool_args:
+    ctypedef struct fc_window_pool_args:
         fc_window window
         int64_t planes
         int average, include_pad
@@ -40,7 +40,7 @@ cdef extern from "vision/vision.h" nogil:
     void fc_convolution(const void *args, int rank, int size) noexcept
     void fc_depthwise(const void *args, int rank, int size) noexcept
     void fc_pack_convolution(const void *args, int rank, int size) noexcept
-    void fc_pool_windows(const void *args, int rank, int size) noexcept
+    void fc_window_pool(const void *args, int rank, int size) noexcept
     void fc_plane_means(const void *args, int rank, int size) noexcept
     void fc_scale_channels(const void *args, int rank, int size) noexcept
 
@@ -188,7 +188,7 @@ def pool(
 
     Averages divide by the elements inside the image or, with `include_pad`, inside the image and its padding.
     """
-    cdef fc_pool_args args
+    cdef fc_window_pool_args args
     memset(&args, 0, sizeof(args))
     args.x = <const float *>pointer(x, "x", "f", (None, None, None, None))
     args.out = <float *>pointer(out, "out", "f", (*x.shape[:2], None, None), True)
@@ -199,7 +199,7 @@ def pool(
     args.scratch = pointer(scratch, "scratch", "B", (None,), True)
     args.scratch_bytes = scratch_of(scratch, fc_staging_scratch(&args.window))
     refuse_overlap(out, x, "out and x")
-    program.add(fc_pool_windows, &args, sizeof(args), (x, out, scratch))
+    program.add(fc_window_pool, &args, sizeof(args), (x, out, scratch))
 
 
 def plane_means(Program program not None, x, out):

@@ -15,6 +15,7 @@ import numpy as np
 from gristmill.errors import FormatError, GristmillError, MissingExtraError
 from gristmill.formats.container import parse as parse_json
 from gristmill.formats.onnx.builder import Builder
+from gristmill.formats.onnx.canonical.contrib import CONTRIB, DOMAIN
 from gristmill.formats.onnx.control import NAME as CONTROL
 from gristmill.formats.onnx.control import chosen, progresses_by, progression
 from gristmill.formats.onnx.foreign import Foreign, Unsupported, check, named_dtypes, read_attributes, schema_of
@@ -203,6 +204,8 @@ class _Reader:
             return [self.graph.constant(_constant(node), node.outputs[0], scope.main)]
         if node.op == "If" and not node.domain:
             return self._branch(node, scope)
+        if node.domain == DOMAIN and node.op in CONTRIB:
+            return CONTRIB[node.op](node, self.graph)
         delta = progresses_by(node) if node.op == "Loop" and not node.domain else None
         if delta is not None:
             return progression(node, scope.find(delta), self.graph)
