@@ -1,5 +1,14 @@
 """The registry of kernel cases: one file per family, one line here."""
 
-from kernels.cases import aggregate, attention, dense, nn, quant, sparse, text
+from kernels.cases import aggregate, attention, dense, nn, quant, sparse, text, vision
 
-CASES = [*aggregate.CASES, *attention.CASES, *dense.CASES, *nn.CASES, *quant.CASES, *sparse.CASES, *text.CASES]
+CASES = [
+    *aggregate.CASES,
+    *attention.CASES,
+    *dense.CASES,
+    *nn.CASES,
+    *quant.CASES,
+    *sparse.CASES,
+    *text.CASES,
+    *vision.CASES,
+]
