@@ -111,7 +111,7 @@ def test_bf16_values_are_read_in_every_way(level, drawn):
     np.testing.assert_allclose(got, linear(x, wide), rtol=0, atol=1e-4)
     for array in (stored, wide):
         error = TypeError if array is stored else ValueError
-        with pytest.raises(error, match="bf16|grad"):
+        with pytest.raises(error, match=r"bf16|grad"):
             grad_weight(drawn["dy"], x, array, (N, K + 1))
     with pytest.raises(TypeError, match="bf16"):
         linear_bf16(x, stored)

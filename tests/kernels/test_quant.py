@@ -289,8 +289,8 @@ def test_static_scales_are_refused_out_of_range():
             _core.quantize_activations(_core.Program(), x, False, "tile", codes, scales, *bad)
     with pytest.raises(ValueError, match="tile"):
         _core.quantize_activations(_core.Program(), x, False, "lanes", np.empty(128, np.uint8), scales, 1.0, 3)
+    m, k = 1, 66312
     with pytest.raises(ValueError, match="terms"):
-        m, k = 1, 66312
         _core.quantize_activations(
             _core.Program(), np.ones((m, k), np.float32), False, "tile", np.empty(k, np.uint8), scales[:1], 1.0, 3
         )

@@ -25,7 +25,8 @@ def examples():
     blocks = Sparse.from_dense(dense, mask(12, 8), (1, 4))
     elements = Sparse.from_dense(matrix(9, 21), mask(9, 21), (1, 1))
     return [
-        Dense(dense), BFloat16.from_dense(dense), Quantized.from_dense(dense), blocks, blocks.quantized(), elements, elements.quantized(),
+        Dense(dense), BFloat16.from_dense(dense), Quantized.from_dense(dense), blocks, blocks.quantized(),
+        elements, elements.quantized(),
         Sparse.from_dense(dense, mask(6, 8), (2, 4)),
     ]  # fmt: skip
 

@@ -54,8 +54,9 @@ typedef void fc_epilogue_f32_fn(float *c, int64_t c_stride, int64_t rows, int64_
 
 #define FC_DENSE_SLOTS(SLOT)                                                                                                     \
     SLOT(gemm_f32)                                                                                                               \
-    SLOT(pack_rows_f32) SLOT(pack_columns_f32) SLOT(expand_s8_f32) SLOT(dot_f32) SLOT(epilogue_f32) SLOT(gemm_bf16)              \
-        SLOT(convert_f32_bf16) SLOT(pair_f32_bf16)
+    SLOT(pack_rows_f32)                                                                                                          \
+    SLOT(pack_columns_f32)                                                                                                       \
+    SLOT(expand_s8_f32) SLOT(dot_f32) SLOT(epilogue_f32) SLOT(gemm_bf16) SLOT(convert_f32_bf16) SLOT(pair_f32_bf16)
 /* The register tile (rows x columns) and the depth at which one panel of columns stays in L1. */
 #define FC_DENSE_TUNING int64_t gemm_rows, gemm_cols, gemm_depth;
 

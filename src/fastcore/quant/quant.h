@@ -93,8 +93,8 @@ typedef void fc_quantize_static_lanes_f32_u8_fn(const float *x, int64_t stride, 
     SLOT(max_abs_f32)                                                                                                            \
     SLOT(max_abs_lanes_f32)                                                                                                      \
     SLOT(quantize_f32_s8)                                                                                                        \
-    SLOT(quantize_rows_f32_u8) SLOT(quantize_lanes_f32_u8) SLOT(linear_u8_s8_f32) SLOT(quantize_static_rows_f32_u8)              \
-        SLOT(quantize_static_lanes_f32_u8)
+    SLOT(quantize_rows_f32_u8)                                                                                                   \
+    SLOT(quantize_lanes_f32_u8) SLOT(linear_u8_s8_f32) SLOT(quantize_static_rows_f32_u8) SLOT(quantize_static_lanes_f32_u8)
 #define FC_QUANT_TUNING
 
 /* ---- drivers: steps ---- */

@@ -105,7 +105,9 @@ def codes_nbytes(int64_t m, int64_t k, str layout):
 cdef int check_static(float scale, int zero_point, int64_t k, str layout) except -1:
     """Refuse a static scale or zero point that the kernels cannot take."""
     if not 2.0**-100 <= scale <= 2.0**100 or not 0 <= zero_point <= 255:
-        raise ValueError(f"a static scale lies within 2**-100 and 2**100, a zero point within 0 and 255; got {scale}, {zero_point}")
+        raise ValueError(
+            f"a static scale lies within 2**-100 and 2**100, a zero point within 0 and 255; got {scale}, {zero_point}"
+        )
     if layout != "tile":
         raise ValueError("static scales are for the dense product, layout tile")
     if k > FC_STATIC_MAX_K:
@@ -121,7 +123,8 @@ def quantize_activations(
     scales = max|x| / 127 and q = round half even(x * (127 / max|x|)). A row of zeros (or below 2^-119) has scale 1; a row with a
     value that is not finite has scale NaN, and so has every output computed from it.
 
-    With a static `scale`, codes = clip(round half even(x / scale) + zero_point, 0, 255) and all scales are that one; NaN counts as 0.
+    With a static `scale`, codes = clip(round half even(x / scale) + zero_point, 0, 255) and all scales are that one; NaN counts
+    as 0.
     """
     cdef fc_quantize_activations_args args
     args.x = <const float *>pointer(x, "x", "f", (None, None))

@@ -337,23 +337,52 @@ GRAD_BF16 = ("gemm_bf16", "pair_f32_bf16")
 BF16 = [
     *(
         bf16_row(
-            "linear_bf16", form, LINEAR_BF16, "out", product_shape, build_bf16_packed, linear_oracle, linear_bound, ("x", "weight")
+            "linear_bf16",
+            form,
+            LINEAR_BF16,
+            "out",
+            product_shape,
+            build_bf16_packed,
+            linear_oracle,
+            linear_bound,
+            ("x", "weight"),
         )
         for form in ("float32", "blocks_int8")
     ),
     bf16_row(
-        "linear_bf16_in_place", "float32", LINEAR_BF16, "out", product_shape, build_bf16_in_place, linear_oracle, linear_bound,
+        "linear_bf16_in_place",
+        "float32",
+        LINEAR_BF16,
+        "out",
+        product_shape,
+        build_bf16_in_place,
+        linear_oracle,
+        linear_bound,
         ("x", "weight"),
     ),
     bf16_row(
-        "linear_grad_input_bf16", "float32", ("gemm_bf16", "convert_f32_bf16", "pair_f32_bf16"), "dx", input_shape,
-        build_bf16_grad_input, grad_input_oracle, grad_input_bound, ("dy", "weight"),
+        "linear_grad_input_bf16",
+        "float32",
+        ("gemm_bf16", "convert_f32_bf16", "pair_f32_bf16"),
+        "dx",
+        input_shape,
+        build_bf16_grad_input,
+        grad_input_oracle,
+        grad_input_bound,
+        ("dy", "weight"),
     ),
     bf16_row(
-        "linear_grad_weight_bf16", "float32", GRAD_BF16, "grad", grad_shape, build_bf16_grad_weight, grad_weight_oracle,
-        grad_weight_bound, ("dy", "x"),
+        "linear_grad_weight_bf16",
+        "float32",
+        GRAD_BF16,
+        "grad",
+        grad_shape,
+        build_bf16_grad_weight,
+        grad_weight_oracle,
+        grad_weight_bound,
+        ("dy", "x"),
     ),
-]  # fmt: skip
+]
 CASES: list[Case] = [
     *BF16,
     *rows("linear_packed", LINEAR, "out", product_shape, build_packed, linear_oracle, linear_bound),
