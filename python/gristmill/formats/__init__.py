@@ -18,7 +18,8 @@ def load(path: str | os.PathLike[str]) -> Model:
     """Read a model; the suffix of the path tells the format.
 
     Args:
-        path: a native `.safetensors` file, an `.onnx` file (extra `onnx`), or a Hugging Face folder (config.json, model.safetensors; see `formats.hf`).
+        path: a native `.safetensors` file, an `.onnx` file (extra `onnx`), or a Hugging Face folder (config.json,
+            model.safetensors; see `formats.hf`).
 
     Raises:
         FormatError: the format is unknown, or the file is damaged, hostile or holds no graph.
