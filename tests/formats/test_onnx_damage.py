@@ -1,6 +1,7 @@
 """Damaged and hostile ONNX files: each gives a FormatError that names the fault; none crashes, hangs or takes what it claims."""
 
 import os
+import sys
 import tracemalloc
 
 import numpy as np
@@ -17,7 +18,7 @@ import onnx
 from onnx import AttributeProto, TensorProto, helper
 
 import gristmill as gm
-from gristmill.errors import FormatError, GristmillError
+from gristmill.errors import FormatError, GristmillError, MissingExtraError
 from gristmill.formats.onnx import from_proto
 from gristmill.formats.onnx.reader import parse
 
@@ -261,6 +262,14 @@ def test_files_that_are_no_onnx(tmp_path):
     os.mkfifo(tmp_path / "pipe.onnx")
     with pytest.raises(FormatError, match="regular"):
         gm.load(tmp_path / "pipe.onnx")
+
+
+@pytest.mark.parametrize("package", ["onnx", "ml_dtypes"])
+def test_a_missing_package_is_told_by_its_extra(tmp_path, monkeypatch, package):
+    (tmp_path / "model.onnx").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=r"gristmill\[onnx\]"):
+        gm.load(tmp_path / "model.onnx")
 
 
 def test_opsets_out_of_range():

@@ -18,7 +18,8 @@ def load(path: str | os.PathLike[str]) -> Model:
     """Read a model; the suffix of the path tells the format.
 
     Args:
-        path: a native `.safetensors` file, or a Hugging Face folder (config.json, model.safetensors; see `formats.hf`).
+        path: a native `.safetensors` file, an `.onnx` file (extra `onnx`), or a Hugging Face folder (config.json,
+            model.safetensors; see `formats.hf`).
 
     Raises:
         FormatError: the format is unknown, or the file is damaged, hostile or holds no graph.
@@ -46,7 +47,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
 
     Args:
         model: what to write.
-        path: a `.safetensors` path in an existing folder; an existing file is replaced.
+        path: a `.safetensors` or `.onnx` path in an existing folder; an existing file is replaced.
 
     Raises:
         ModelError: `model` is no Model.
