@@ -161,20 +161,6 @@ class LRN(Shaped):
         return [(x / (node.attributes.get("bias", 1.0) + alpha / size * squares) ** beta).astype(x.dtype)]
 
 
-class LpNormalization(Shaped):
-    """ONNX LpNormalization (opset 22): x divided by its 1-norm or 2-norm along an axis; zeros stay zeros."""
-
-    name = "LpNormalization"
-    attributes = {"axis": int, "p": int}
-
-    def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        x, p = inputs[0], node.attributes.get("p", 2)
-        need(p in (1, 2), node, f"p must be 1 or 2, got {p}")
-        wide = x.astype(np.float64)
-        norm = np.linalg.norm(wide, p, node.attributes.get("axis", -1), keepdims=True)
-        return [(wide / np.where(norm == 0, 1, norm)).astype(x.dtype)]
-
-
 class MeanVarianceNormalization(Shaped):
     """ONNX MeanVarianceNormalization (opset 13): zero mean and unit variance over axes, 1e-9 added to the deviation."""
 
@@ -214,6 +200,6 @@ class RMSNormalization(Op):
 
 
 OPERATORS = (
-    BatchNormalization, InstanceNormalization, GroupNormalization, LRN, LpNormalization, MeanVarianceNormalization,
+    BatchNormalization, InstanceNormalization, GroupNormalization, LRN, MeanVarianceNormalization,
     RMSNormalization,
 )  # fmt: skip
