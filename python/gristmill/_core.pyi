@@ -17,7 +17,14 @@ ACTIVATIONS: dict[str | None, int]
 
 class Program:
     def __len__(self) -> int: ...
+    def overlap(self) -> None:
+        """Let the next step start before all threads are done with the last one."""
     def run(self, threads: int = 1) -> None: ...
+
+def run_map(
+    programs: list[Program], inputs: list[tuple[Array, list[Array]]], outputs: list[tuple[Array, list[Array]]], items: int
+) -> None:
+    """Run programs[rank] for each of `items` slices along the leading axis of (array, [one rank's array for a slice])."""
 
 class Weight:
     shape: tuple[int, int]
@@ -28,14 +35,15 @@ class Weight:
         scale: Array | None = None,
         row_offsets: Array | None = None,
         index: Array | None = None,
-    ) -> None: ...
+    ) -> None:
+        """`values` are float32, int8 with a `scale`, or, dense, uint16 for bf16."""
 
 def set_isa(cap: str | None = None) -> None: ...
 def isa_generation() -> int: ...
 def slots() -> dict[str, tuple[str, str, str]]: ...
 def has_threads() -> bool: ...
 def packed_nbytes(pack: Callable[..., Any], weight: Weight) -> int:
-    """Bytes that pack_dense, pack_int8 or pack_sparse will make of a weight."""
+    """Bytes that pack_dense, pack_bf16, pack_int8 or pack_sparse will make of a weight."""
 
 # ---- aggregate: flat float32 vectors ----
 
@@ -160,15 +168,22 @@ def packed_attention_grad(
     scratch: Array,
 ) -> None: ...
 
-# ---- dense: float32 matrix products ----
+# ---- dense: matrix products in float32 and bf16 ----
 
 class PackedDense:
-    """A constant [n, k] float32 weight in the tile layout of this ISA."""
+    """A constant [n, k] weight in the tile layout of this ISA, in float32 or, by pack_bf16, in bf16."""
 
     shape: tuple[int, int]
     nbytes: int
+    bf16: bool
 
 def pack_dense(weight: Weight, threads: int = 1) -> PackedDense: ...
+def pack_bf16(weight: Weight, threads: int = 1) -> PackedDense:
+    """A weight of any form, rounded half to even to bf16, for linear_bf16."""
+
+def has_bf16() -> bool:
+    """Whether bf16 products run on an instruction for them; elsewhere they are right but slower than float32."""
+
 def linear_scratch(m: int, n: int, k: int, threads: int) -> int:
     """Bytes of scratch that any of the three dense products of these sizes needs; with less, they run on fewer threads."""
 
@@ -183,6 +198,24 @@ def linear(
     scratch: Array,
 ) -> None:
     """out[M,N] = activation(x[M,K] @ weight[N,K].T + bias[N]) + residual[M,N]; a Weight is read in place at every run."""
+
+def linear_bf16(
+    program: Program,
+    x: Array,
+    weight: PackedDense | Weight,
+    out: Array,
+    bias: Array | None,
+    activation: str | None,
+    residual: Array | None,
+    scratch: Array,
+) -> None:
+    """`linear` with x and the weight rounded to bf16 and float32 sums; the weight is of pack_bf16, or dense float32 in place."""
+
+def linear_grad_input_bf16(program: Program, dy: Array, weight: Weight, dx: Array, scratch: Array) -> None:
+    """`linear_grad_input` with both operands rounded to bf16; the weight is dense float32."""
+
+def linear_grad_weight_bf16(program: Program, dy: Array, x: Array, weight: Weight, grad: Array, scratch: Array) -> None:
+    """`linear_grad_weight` with both operands rounded to bf16; the weight is dense float32."""
 
 def linear_grad_input(program: Program, dy: Array, weight: Weight, dx: Array, scratch: Array) -> None:
     """dx[M,K] = dy[M,N] @ weight[N,K]; blocks and int8 are expanded tile by tile."""
@@ -259,8 +292,20 @@ def quantize_blocks(values: Array, row_offsets: Array, codes: Array, scale: Arra
 def codes_nbytes(m: int, k: int, layout: str) -> int:
     """Bytes of an activation panel: layout "tile" for the dense product, "lanes" for the sparse one."""
 
-def quantize_activations(program: Program, x: Array, lanes: bool, layout: str, codes: Array, scales: Array) -> None:
-    """Quantise float32 x per row m (rows [M,K], or lanes [K,M] if `lanes`) into a uint8 panel of `layout`; scales[M]."""
+def quantize_activations(
+    program: Program,
+    x: Array,
+    lanes: bool,
+    layout: str,
+    codes: Array,
+    scales: Array,
+    scale: float | None = None,
+    zero_point: int = 128,
+) -> None:
+    """Quantise float32 x per row m (rows [M,K], or lanes [K,M] if `lanes`) into a uint8 panel of `layout`; scales[M].
+
+    With a static `scale`: codes = clip(round half even(x / scale) + zero_point, 0, 255), all scales that one; "tile" panels only.
+    """
 
 class PackedInt8:
     """A constant [n, k] int8 weight in the tile layout of this ISA, with its row sums."""
@@ -280,8 +325,12 @@ def linear_int8(
     bias: Array | None,
     activation: str | None,
     residual: Array | None,
+    zero_point: int = 128,
 ) -> None:
-    """out[M,N] = activation(acc * (scales[m] * weight_scale[n]) + bias[n]) + residual; weight_scale is read at every run."""
+    """out[M,N] = activation(acc * (scales[m] * weight_scale[n]) + bias[n]) + residual; weight_scale is read at every run.
+
+    `zero_point` is that of the codes' static scale.
+    """
 
 # ---- sparse ----
 
@@ -343,3 +392,31 @@ def sparse_linear_int8(
 
     codes: uint8, flat, of [K / 4][M rounded up to 16][4]: q + 128, padded with 128; K < 131072.
     """
+
+# ---- text: rows of tables by index, one vector for each sequence; float32 ----
+
+def gather(program: Program, data: Array, indices: Array, out: Array) -> None:
+    """out[O,C,N] = data[O,P,N] by C indices (int64 or int32, any shape); a row of NaN stands for one outside of [-P, P)."""
+
+def gather_grad(program: Program, dy: Array, indices: Array, grad: Array) -> None:
+    """grad[O,P,N] = sums of the rows of dy[O,C,N] where their indices lead; nothing is added for one outside."""
+
+def lookups(program: Program, out: Array, *pairs: Array) -> None:
+    """out[C,N] = the sum of rows of 1 to 4 tables[P,N] by C indices each: table, indices, table, indices, ..."""
+
+def masked_pool(program: Program, mode: str, x: Array, mask: Array, out: Array) -> None:
+    """out[B,N] from x[B,S,N] and mask[B,S], int64 or bool; mode "mean", "sqrt", "weighted", "max" or "first"."""
+
+def masked_pool_grad(program: Program, mode: str, dy: Array, x: Array, mask: Array, dx: Array) -> None: ...
+def packed_pool(program: Program, mode: str, x: Array, offsets: Array, out: Array) -> None:
+    """out[B,N] from x[R,N] whose sequences begin and end at offsets int64 [B+1]."""
+
+def packed_pool_grad(program: Program, mode: str, dy: Array, x: Array, offsets: Array, dx: Array) -> None: ...
+def normalize(program: Program, x: Array, out: Array) -> None:
+    """out = x / norm along rows; rows of zeros stay zeros; out may be x."""
+
+def normalize_grad(program: Program, dy: Array, x: Array, dx: Array) -> None: ...
+def cosine(program: Program, x: Array, target: Array, loss: Array) -> None:
+    """loss[()] = the mean over M of 1 - the cosine of x[M,N] and target[M,N]."""
+
+def cosine_grad(program: Program, dloss: Array, x: Array, target: Array, dx: Array) -> None: ...

@@ -22,6 +22,8 @@ ATTRIBUTES = {
     "epsilon": (1e-5,),
     "reduction": ("mean",),
     "approximate": ("tanh", "none"),
+    "input_scale": (0.03, -1.0),
+    "input_zero_point": (90, 128, 300),
 }
 
 
@@ -59,7 +61,7 @@ class Draw:
         inputs = [self.one(values) for _ in range(count)]
         if name == "Linear" and count > 2 and self.rng.random() < 0.3:
             inputs[2] = ""
-        attributes = {key: self.one(ATTRIBUTES[key]) for key in op.attributes if self.rng.random() < 0.8}
+        attributes = {key: self.one(ATTRIBUTES[key]) for key in op.attributes if key in ATTRIBUTES and self.rng.random() < 0.8}
         outputs = 2 if name == "LayerNormalizationGrad" and self.rng.random() < 0.5 else 1
         return Node(name, inputs, [f"n{number}.{i}" for i in range(outputs)], attributes, domain)
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from gristmill import _core
-from gristmill.ops.op import GRAD, Binder, Dim, Node, Op, Tape, TensorType, need, same_dim
+from gristmill.ops.op import GRAD, Binder, Dim, Node, Op, Tape, TensorType, aligned, need, same_dim
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
 
@@ -47,6 +47,11 @@ class Elementwise(Op):
         assert a is not None
         assert b is not None
         return [broadcast(node, a, b)]
+
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        return aligned(split, types, made[0])
 
     def bind(self, node: Node, binder: Binder) -> bool:
         a, b = binder.rows(node.inputs[0]), binder.rows(node.inputs[1])

@@ -146,6 +146,11 @@ class MaskedAttention(_Masked):
             out[i] = attend(q[i], k[i][chosen], v[i][chosen], heads, scale)
         return [out]
 
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        return all(split)
+
     def bind(self, node: Node, binder: Binder) -> bool:
         q, k, v = map(binder.rows, node.inputs[:3])
         mask = binder.rows(node.input(3)) if node.input(3) else None

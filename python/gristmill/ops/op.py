@@ -114,7 +114,7 @@ class Binder(Protocol):
     def rows(self, name: str) -> Buffer: ...
     def lanes(self, name: str) -> Buffer: ...
     def stored(self, name: str) -> tuple[Buffer, str]: ...
-    def codes(self, name: str, layout: str) -> tuple[Buffer, Buffer, int]: ...
+    def codes(self, name: str, layout: str, static: tuple[float, int] | None = None) -> tuple[Buffer, Buffer, int]: ...
     def output(self, name: str, layout: str = "rows") -> Buffer: ...
     def scratch(self, nbytes: int) -> Buffer: ...
     def tensor(self, name: str) -> Tensor: ...
@@ -162,6 +162,19 @@ class Op:
         """Compute the outputs with NumPy. Inputs are arrays, but for those that `tensor_inputs` lists."""
         raise NotImplementedError
 
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        """Whether row i along axis 0 of every output depends only on row i of the inputs that are split.
+
+        Args:
+            node: the node.
+            split: which inputs carry the examples of the batch along axis 0; the others are the same for all.
+            types: concrete types of the inputs, None where one is absent.
+            made: concrete types of the outputs; their leading dimension is the batch.
+        """
+        return False
+
     def gradient(self, node: Node, tape: Tape, dy: str) -> None:
         """Add the gradients of the inputs that the tape wants, given the gradient of the output."""
         raise ModelError(f"{node.op} has no gradient")
@@ -185,6 +198,19 @@ def refusal(node: Node, error: Exception) -> ModelError:
 def fresh_dim(node: Node, axis: int) -> str:
     """Return a symbol for a dimension that follows from symbolic ones by arithmetic."""
     return f"{node.name}.{axis}"
+
+
+def aligned(split: Sequence[bool], types: Sequence[TensorType | None], made: TensorType) -> bool:
+    """Whether broadcasting keeps the examples of split inputs apart: a rule for `separable`."""
+    rank = len(made.shape)
+    for along, kind in zip(split, types, strict=True):
+        if kind is None:
+            continue
+        if along and (len(kind.shape) != rank or kind.shape[0] != made.shape[0]):
+            return False
+        if not along and len(kind.shape) == rank and kind.shape[0] != 1:
+            return False
+    return True
 
 
 def same_dim(a: Dim, b: Dim) -> bool:

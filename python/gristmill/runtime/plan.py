@@ -6,7 +6,7 @@ binds the steps to addresses. Steps between two Python references form one C seg
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from gristmill.ops import Node, find
 from gristmill.ops.op import as_rows, refusal
 from gristmill.runtime.arena import FOREVER, Buffer, Memory, place
 from gristmill.runtime.shapes import Shapes
-from gristmill.tensor import Quantized, Sparse, Tensor, is_int8
+from gristmill.tensor import BFloat16, Quantized, Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
 
 
@@ -69,6 +69,8 @@ def weight_view(tensor: Tensor, trained: Array | None = None) -> _core.Weight:
     shape = (tensor.shape[0], tensor.shape[1])
     if tensor.kind == "dense":
         return _core.Weight((tensor.trainable if trained is None else trained).reshape(shape), shape)
+    if isinstance(tensor, BFloat16):
+        return _core.Weight(tensor.codes if trained is None else trained.reshape(shape), shape)
     if tensor.kind == "quantized":
         return _core.Weight(tensor.codes, shape, tensor.scale if trained is None else trained)  # type: ignore[union-attr]
     assert isinstance(tensor, Sparse)
@@ -119,7 +121,7 @@ class Layout:
         self.precision, self.low_precision = options.precision, options.low_precision
         self.steps: list[Step] = []
         self.scales: dict[str, Buffer] = {}
-        self.panels: dict[tuple[str, str], tuple[Buffer, Buffer]] = {}
+        self.panels: dict[tuple[str, str, tuple[float, int] | None], tuple[Buffer, Buffer]] = {}
         self.inputs = {name: self._fresh(name, "rows") for name in model.inputs}
         self.forms: dict[str, dict[str, Buffer]] = {name: {"rows": buffer} for name, buffer in self.inputs.items()}
         for node in model.nodes:
@@ -156,16 +158,20 @@ class Layout:
         layout = next(iter(self.forms.get(name, {})), "rows")
         return (self.lanes(name) if layout == "lanes" else self.rows(name)), layout
 
-    def codes(self, name: str, layout: str) -> tuple[Buffer, Buffer, int]:
-        """A value quantised per row into a panel: codes, scales and the number of rows. Made once and shared."""
+    def codes(self, name: str, layout: str, static: tuple[float, int] | None = None) -> tuple[Buffer, Buffer, int]:
+        """A value quantised into a panel, per row or with a static scale and zero point: codes, scales and the number of rows.
+
+        Made once and shared.
+        """
         m, k = as_rows(self._shape(name))
-        if (name, layout) not in self.panels:
+        key = (name, layout, static)
+        if key not in self.panels:
             x, form = self.stored(name)
             x = x if form == "lanes" else x.reshape(m, k)
             codes, scales = self.scratch(_core.codes_nbytes(m, k, layout)), Buffer((m,), np.float32)
-            self.step(_core.quantize_activations, x, form == "lanes", layout, codes, scales)
-            self.panels[name, layout] = (codes, scales)
-        return (*self.panels[name, layout], m)
+            self.step(_core.quantize_activations, x, form == "lanes", layout, codes, scales, *(static or ()))
+            self.panels[key] = (codes, scales)
+        return (*self.panels[key], m)
 
     def output(self, name: str, layout: str = "rows") -> Buffer:
         """A new buffer for a value that the present node makes."""
@@ -225,7 +231,7 @@ class Layout:
             array = np.ascontiguousarray(self.values[name]).reshape(self.values[name].shape)
             return Buffer(array.shape, array.dtype, array)
         tensor, trained = self.model.tensors[name], self.trainable.get(name)
-        if trained is not None and tensor.kind != "dense":
+        if trained is not None and tensor.kind not in ("dense", "bf16"):
             raise ModelError(f"'{name}' trains in {tensor.kind} form, which nothing but a Linear can read")
         array = np.asarray(tensor.dense(), order="C") if trained is None else trained
         return Buffer(array.shape, array.dtype, array)
@@ -263,14 +269,37 @@ class Layout:
     def _place(self) -> int:
         for buffer in self.inputs.values():
             buffer.touch(-1)
-        for number, step in enumerate(self.steps):
+        alone = self.threads == 1 or self.in_place  # overlapping saves barriers and costs memory
+        self.groups = list(range(len(self.steps))) if alone else _groups(self.steps, self.inputs.values())
+        for group, step in zip(self.groups, self.steps, strict=True):
             for buffer in step.buffers():
-                buffer.touch(number)
+                buffer.touch(group)
         for buffer in self.outputs.values():
             buffer.touch(FOREVER)
         used = [b for step in self.steps for b in step.buffers()] + [*self.inputs.values(), *self.outputs.values()]
         self.packs = {arg for step in self.steps for arg in step.args if isinstance(arg, Packed)}
         return place(list({id(b.root): b.root for b in used if not b.external}.values()))
+
+
+def _groups(steps: list[Step], inputs: Iterable[Buffer]) -> list[int]:
+    """Number the steps so that steps of one number need no barrier between them: none touches what another of them makes.
+
+    A buffer is made by the step that touches it first. Steps of one node may work in place, so that they are kept apart.
+    """
+    groups: list[int] = []
+    seen = {id(buffer) for buffer in inputs}
+    made: set[int] = set()  # by the present group
+    group, before = 0, None
+    for step in steps:
+        touched = {id(buffer.root) for buffer in step.buffers()}
+        apart = before is None or before.kernel is None or step.kernel is None or step.node is before.node
+        if apart or touched & made:
+            group, made = group + 1, set()
+        made |= touched - seen
+        seen |= touched
+        before = step
+        groups.append(group)
+    return groups
 
 
 class Plan:
@@ -281,8 +310,12 @@ class Plan:
         self.outputs = {name: buffer.view(arena) for name, buffer in layout.outputs.items()}
         self.steps = layout.steps
         self.segments: list[_core.Program | Callable[[], None]] = []
-        for step in layout.steps:
+        before = None
+        for group, step in zip(layout.groups, layout.steps, strict=True):
+            if group == before:
+                self.segments[-1].overlap()  # type: ignore[union-attr]
             self._bind(step, arena, weights, layout.threads)
+            before = group
         self._arena = arena  # programs hold addresses in it
 
     def _bind(self, step: Step, arena: Array, weights: Weights, threads: int) -> None:
