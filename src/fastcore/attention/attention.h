@@ -36,10 +36,9 @@ typedef void fc_attention_product_f32_fn(const fc_attention_product *product);
 /* panels[j / 32][d][j % 32] = keys[j * stride + d], j < count; the rest of the last panel is left to chance. Exact. */
 typedef void fc_attention_panels_f32_fn(const float *keys, int64_t stride, int64_t count, int64_t width, float *panels);
 
-/* x = exp2(factor * x - max(factor * x)) along each of `rows` rows of n >= 1, factor >= 0, in place; inverse[i] = 1 / the row's
- * sum. Results below the smallest normal number are 0; NaN makes its row NaN. Nothing past x[i * stride + n - 1] is written.
- * The error of a result is below 3 + 2 |log2 of it| units of 2^-24, that of the sum (n / 16 + 6) more; a factor common to the
- * row, which the inverse takes away again, may be off by 2^-24 * factor * max |x|. */
+/* x = exp2(factor * (x - max x)) along each of `rows` rows of n >= 1, factor >= 0, in place; inverse[i] = 1 / the row's sum.
+ * Results below the smallest normal number are 0; NaN makes its row NaN. Nothing past x[i * stride + n - 1] is written. The error
+ * of a result is below 3 + 2 |log2 of it| units of 2^-24, that of the sum (n / 16 + 6) more. */
 typedef void fc_attention_softmax_f32_fn(float *x, int64_t stride, int64_t rows, int64_t n, float factor, float *inverse);
 
 /* p = inverse[i] * p, then dp = factor * p * (dp - sum of p * dp) along each row of n, both in place. */

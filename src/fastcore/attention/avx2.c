@@ -154,17 +154,17 @@ static void attention_softmax_f32_avx2(float *x, int64_t stride, int64_t rows, i
     for (int64_t i = 0; i < rows; i++, x += stride) {
         __m256 top = _mm256_blendv_ps(bottom, _mm256_maskload_ps(x + whole, lanes), present);
         for (int64_t j = 0; j < whole; j += LANES) top = _mm256_max_ps(_mm256_loadu_ps(x + j), top);
-        const __m256 shift = _mm256_mul_ps(_mm256_set1_ps(fold_maximum(top)), gain);
+        const __m256 down = _mm256_set1_ps(fold_maximum(top));
         __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
         for (int64_t j = 0; j < whole; j += LANES) {
-            const __m256 e = exp2_of(_mm256_fmsub_ps(_mm256_loadu_ps(x + j), gain, shift));
+            const __m256 e = exp2_of(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x + j), down), gain));
             _mm256_storeu_ps(x + j, e);
             if (j % (2 * LANES) == 0)
                 sum[0] = _mm256_add_ps(sum[0], e);
             else
                 sum[1] = _mm256_add_ps(sum[1], e);
         }
-        const __m256 e = exp2_of(_mm256_fmsub_ps(_mm256_maskload_ps(x + whole, lanes), gain, shift));
+        const __m256 e = exp2_of(_mm256_mul_ps(_mm256_sub_ps(_mm256_maskload_ps(x + whole, lanes), down), gain));
         _mm256_maskstore_ps(x + whole, lanes, e);
         const int high = whole % (2 * LANES) != 0;
         sum[high] = _mm256_add_ps(sum[high], _mm256_and_ps(e, present));

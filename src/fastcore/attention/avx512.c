@@ -130,19 +130,20 @@ static void attention_softmax_f32_avx512(float *x, int64_t stride, int64_t rows,
     const __mmask16 last = first_lanes(n - whole);
     for (int64_t i = 0; i < rows; i += GROUP, x += GROUP * stride) {
         const int group = rows - i < GROUP ? (int)(rows - i) : GROUP;
-        float shift[GROUP];
+        float tops[GROUP];
         __m512 sums[GROUP];
-        _mm512_storeu_ps(shift, _mm512_mul_ps(row_maxima(x, stride, group, n), gain));
+        _mm512_storeu_ps(tops, row_maxima(x, stride, group, n));
         for (int r = 0; r < group; r++) {
             float *row = x + r * stride;
-            const __m512 down = _mm512_set1_ps(shift[r]);
+            const __m512 down = _mm512_set1_ps(tops[r]);
             __m512 sum = _mm512_setzero_ps();
             for (int64_t j = 0; j < whole; j += LANES) {
-                const __m512 e = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(row + j), gain, down), fc_exp2_terms, 5);
+                const __m512 e = exp2_of(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(row + j), down), gain), fc_exp2_terms, 5);
                 _mm512_storeu_ps(row + j, e);
                 sum = _mm512_add_ps(sum, e);
             }
-            const __m512 e = exp2_of(_mm512_fmsub_ps(_mm512_maskz_loadu_ps(last, row + whole), gain, down), fc_exp2_terms, 5);
+            const __m512 e =
+                exp2_of(_mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(last, row + whole), down), gain), fc_exp2_terms, 5);
             _mm512_mask_storeu_ps(row + whole, last, e);
             sums[r] = _mm512_mask_add_ps(sum, last, sum, e);
         }

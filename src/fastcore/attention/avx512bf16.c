@@ -171,17 +171,17 @@ static void attention_softmax_bf16_avx512bf16(float *x, int64_t stride, int64_t 
     const __m512 gain = _mm512_set1_ps(factor);
     for (int64_t i = 0; i < rows; i += GROUP, x += GROUP * stride) {
         const int group = rows - i < GROUP ? (int)(rows - i) : GROUP;
-        float shift[GROUP];
+        float tops[GROUP];
         __m512 sums[GROUP];
-        _mm512_storeu_ps(shift, _mm512_mul_ps(row_maxima(x, stride, group, n), gain));
+        _mm512_storeu_ps(tops, row_maxima(x, stride, group, n));
         for (int r = 0; r < group; r++) {
             float *row = x + r * stride;
-            const __m512 down = _mm512_set1_ps(shift[r]);
+            const __m512 down = _mm512_set1_ps(tops[r]);
             __m512 sum = _mm512_setzero_ps();
             for (int64_t j = 0; j < n; j += 2 * LANES) {
                 const __mmask16 here = first_lanes(n - j), there = first_lanes(n - j - LANES);
-                const __m512 low = _mm512_fmsub_ps(_mm512_maskz_loadu_ps(here, row + j), gain, down);
-                const __m512 high = _mm512_fmsub_ps(_mm512_maskz_loadu_ps(there, row + j + LANES), gain, down);
+                const __m512 low = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(here, row + j), down), gain);
+                const __m512 high = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(there, row + j + LANES), down), gain);
                 const __m512 e = _mm512_maskz_mov_ps(here, exp2_of(low, fc_exp2_terms_bf16, 4));
                 const __m512 f = _mm512_maskz_mov_ps(there, exp2_of(high, fc_exp2_terms_bf16, 4));
                 _mm512_mask_storeu_epi32(row + j / 2, first_lanes((n - j + 1) / 2), (__m512i)_mm512_cvtne2ps_pbh(f, e));

@@ -123,8 +123,9 @@ static sequence next_sequence(const fc_attention_args *a, int64_t index, const s
 typedef struct head {
     int64_t rows, keys, width, stride; /* keys that count; stride of q, and of out */
     const float *q, *k, *v;
-    int64_t key_stride; /* of k and v */
-    float factor;       /* of the scores, in units of log 2 */
+    int64_t key_stride;       /* of k and v */
+    float factor;             /* of the scores, in units of log 2 */
+    int64_t ahead_q, ahead_k; /* from here to the head that comes next, in q and in k; 0 where none does */
 } head;
 
 static float *row_of(const fc_attention_args *a, const float *x, int64_t row, int64_t index) {
@@ -149,11 +150,18 @@ static head open_head(const fc_attention_args *a, const sequence *s, int64_t ind
               .k = row_of(a, a->k, s->key, index),
               .v = row_of(a, a->v, s->key, index),
               .key_stride = a->heads * a->width,
-              .factor = s->scale * log2_e};
+              .factor = s->scale * log2_e,
+              .ahead_q = a->width,
+              .ahead_k = a->width};
+    if (index + 1 == a->heads) {
+        const int is_last = s->row + s->rows >= (a->offsets ? a->queries : a->batch * a->queries);
+        h.ahead_q = is_last ? 0 : s->rows * h.stride - index * a->width;
+        h.ahead_k = is_last ? 0 : s->keys * h.stride - index * a->width;
+    }
     if (s->mask || s->mask_bool) {
         gather(s, h.k, h.stride, h.width, ws->k);
         gather(s, h.v, h.stride, h.width, ws->v);
-        h.k = ws->k, h.v = ws->v, h.key_stride = h.width;
+        h.k = ws->k, h.v = ws->v, h.key_stride = h.width, h.ahead_k = 0;
     }
     return h;
 }
@@ -197,14 +205,29 @@ static void mix(const head *h, const float *weights, int64_t rows, const float *
 
 /* ---- forward ---- */
 
+/* Heads are columns: no hardware prefetcher follows a head's rows from page to page. */
+static void prefetch_rows(const float *x, int64_t stride, int64_t begin, int64_t end, int64_t width) {
+    for (int64_t i = begin; i < end; i++)
+        for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(x + i * stride + d, 0, 2);
+}
+
+/* Fetch into L2 the part of the next head that lies where rows [begin, end) of this one do. */
+static void prefetch_next(const head *h, int64_t begin, int64_t end, const float *x, int64_t ahead) {
+    if (ahead) prefetch_rows(x + ahead, h->stride, begin, end, h->width);
+}
+
 /* Rows [row, end) of a head in float32. */
 static void attend_f32(const head *h, int64_t row, int64_t end, float *out, const workspace *ws) {
     const int64_t step = block_rows(h->keys);
     fc_kernels.attention_panels_f32(h->k, h->key_stride, h->keys, h->width, ws->k_panels);
     for (; row < end; row += step) {
         const int64_t rows = smaller(step, end - row);
+        prefetch_next(h, row, row + rows, h->q, h->ahead_q);
+        prefetch_next(h, row, smaller(h->keys, row + rows), h->k, h->ahead_k);
         score(h, h->q + row * h->stride, rows, ws->k_panels, ws->scores);
         fc_kernels.attention_softmax_f32(ws->scores, score_stride(h->keys), rows, h->keys, h->factor, ws->inverse);
+        prefetch_next(h, row, smaller(h->keys, row + rows), h->v, h->ahead_k);
+        prefetch_next(h, row, row + rows, out, h->ahead_q);
         mix(h, ws->scores, rows, h->v, out + row * h->stride, ws->inverse);
     }
 }
@@ -231,8 +254,12 @@ static void attend_bf16(const head *h, int64_t row, int64_t end, float *out, con
                                               h->stride,
                                               ws->inverse};
         fc_kernels.attention_round_bf16(h->q + row * h->stride, h->stride, rows, h->width, q);
+        prefetch_next(h, row, row + rows, h->q, h->ahead_q);
+        prefetch_next(h, row, smaller(h->keys, row + rows), h->k, h->ahead_k);
         fc_kernels.attention_product_bf16(&scores);
         fc_kernels.attention_softmax_bf16(ws->scores, wide, rows, h->keys, h->factor, ws->inverse);
+        prefetch_next(h, row, smaller(h->keys, row + rows), h->v, h->ahead_k);
+        prefetch_next(h, row, row + rows, out, h->ahead_q);
         fc_kernels.attention_product_bf16(&mixed);
     }
 }

@@ -32,9 +32,8 @@ static void attention_softmax_f32_scalar(float *x, int64_t stride, int64_t rows,
     for (int64_t i = 0; i < rows; i++, x += stride) {
         float top = x[0], lanes[LANES] = {0};
         for (int64_t j = 1; j < n; j++) top = x[j] > top ? x[j] : top;
-        const float shift = top * factor;
         for (int64_t j = 0; j < n; j++) {
-            x[j] = fc_exp2(fc_fma(x[j], factor, -shift));
+            x[j] = fc_exp2((x[j] - top) * factor);
             lanes[j % LANES] += x[j];
         }
         inverse[i] = 1.0f / fold(lanes);

@@ -2,7 +2,9 @@
 
 Sizes are (batch, queries, keys, heads, width, masking). Bounds are first-order error analyses with EPS = 2^-24: a score of depth
 W is off by (W + 2) EPS of the sum of its products' magnitudes; exp turns that, and EPS of the score's distance to the row's
-largest, into a relative error of the weight; a weighted mean is off by the weights' errors, and by EPS for each addition.
+largest, into a relative error of the weight; a weighted mean is off by the weights' errors, and by EPS for each addition. In
+bf16 the oracle rounds q, k and v as the kernel does, for a product of two bf16 is exact in float32; the weights are off by half
+a unit of their last place, 2^-8, and by 2^-16 for a shorter polynomial.
 """
 
 import numpy as np
@@ -69,8 +71,17 @@ def packed_inputs(rng, size):
     return {**arrays, "offsets": offsets, "heads": heads, "scale": scale_of(width)}
 
 
+def to_bf16(x):
+    """Round to the nearest bf16, ties to even; subnormal numbers become 0."""
+    bits = x.astype(np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
+    return np.where(np.abs(x) < TINY, np.float32(0), rounded.view(np.float32))
+
+
 class Head:
     """One head of one text in float64, with the errors that float32 makes of it."""
+
+    weight_error = 0.0
 
     def __init__(self, q, k, v, scale, dout):
         q, k, v, dout = (x.astype(np.float64) for x in (q, k, v, dout))
@@ -82,7 +93,7 @@ class Head:
         self.p /= self.p.sum(-1, keepdims=True)
         error = EPS * (scale * (width + 2) * (np.abs(q) @ np.abs(k).T) + 3 * distance + 4)
         error += ((self.p * error).sum(-1, keepdims=True)) + EPS * (keys / 16 + 8)
-        self.p_error = self.p * error + TINY
+        self.p_error = self.p * (error + self.weight_error) + TINY
         self.keys, self.rows, self.width = keys, len(q), width
 
     def out(self):
@@ -116,6 +127,13 @@ class Head:
         )
 
 
+class RoundedHead(Head):
+    weight_error = 2.0**-8 + 2.0**-15
+
+    def __init__(self, q, k, v, scale, dout):
+        super().__init__(to_bf16(q), to_bf16(k), to_bf16(v), scale, dout)
+
+
 def texts(inputs):
     """Yield (index of q's rows, index of k's rows) of every text, and whether its keys are all masked."""
     if "offsets" in inputs:
@@ -130,7 +148,7 @@ def texts(inputs):
         yield (i,), (i, chosen), mask is not None and not mask[i].any()
 
 
-def by_head(inputs, results, figures):
+def by_head(inputs, results, figures, head=Head):
     """Fill the results, zeros at first, with the figures of every head of every text."""
     width = inputs["q"].shape[-1] // inputs["heads"]
     for rows, keys, is_flat in texts(inputs):
@@ -139,7 +157,7 @@ def by_head(inputs, results, figures):
             q, k, v, dout = (inputs[x][at][..., columns] for x, at in (("q", rows), ("k", keys), ("v", keys), ("dout", rows)))
             if not (q.size and k.size):
                 continue
-            made = figures(Head(q, k, v, 0.0 if is_flat else inputs["scale"], dout))
+            made = figures(head(q, k, v, 0.0 if is_flat else inputs["scale"], dout))
             for result, at, value in zip(results, (rows, keys, keys), made, strict=False):
                 if len(at) == 1:
                     result[at[0]][:, columns] = value
@@ -151,10 +169,10 @@ def zeros(inputs, *names):
     return [np.zeros(inputs[name].shape) for name in names]
 
 
-def forward(figures):
+def forward(figures, head=Head):
     def compute(inputs, wanted=None):
         (out,) = results = zeros(inputs, "q")
-        by_head(inputs, results, lambda head: [figures(head)])
+        by_head(inputs, results, lambda one: [figures(one)], head)
         return {"out": out}
 
     return compute
@@ -169,7 +187,7 @@ def backward(figures):
     return compute
 
 
-def program(inputs, outputs, threads):
+def program(inputs, outputs, threads, *precision):
     """Append the step that the outputs ask for."""
     made, is_grad = _core.Program(), "out" not in outputs
     keys, width = inputs["k"].shape[-2], inputs["q"].shape[-1] // inputs["heads"]
@@ -179,7 +197,7 @@ def program(inputs, outputs, threads):
     step, guide = (packed, inputs["offsets"]) if "offsets" in inputs else (masked, inputs.get("mask"))
     first = (inputs["dout"],) if is_grad else ()
     arrays = (inputs["q"], inputs["k"], inputs["v"], guide)
-    step(made, *first, *arrays, inputs["heads"], inputs["scale"], *outputs.values(), scratch)
+    step(made, *first, *arrays, inputs["heads"], inputs["scale"], *outputs.values(), scratch, *precision)
     return made
 
 
@@ -203,7 +221,26 @@ def case(name, draw, sizes, is_grad, bench=()):
     )
 
 
+def bf16_case(name, draw, bench=()):
+    return Case(
+        name,
+        tuple(f"attention_{slot}_bf16" for slot in ("product", "round", "panels", "columns", "softmax")),
+        SIZES,
+        draw,
+        lambda inputs: {"out": (inputs["q"].shape, np.float32)},
+        lambda inputs, outputs, threads: program(inputs, outputs, threads, "bf16").run(threads),
+        forward(Head.out, RoundedHead),
+        forward(Head.out_bound, RoundedHead),
+        compare="bounded",
+        bind=lambda inputs, outputs: program(inputs, outputs, 1, "bf16"),
+        bench=bench,
+        work=lambda s: Work(operations=4.0 * s[0] * s[1] * s[2] * s[3] * s[4], limit="fma"),
+    )
+
+
 CASES = [
+    bf16_case("masked_attention-bf16", masked_inputs, BENCH),
+    bf16_case("packed_attention-bf16", packed_inputs),
     case("masked_attention", masked_inputs, SIZES, False, BENCH),
     case("packed_attention", packed_inputs, SIZES, False),
     case("masked_attention_grad", masked_inputs, SIZES, True, BENCH[:1]),
