@@ -1,7 +1,7 @@
 """Imported graphs in the operators that kernels serve: what exporters spell out is one node again.
 
-`canonical` is a fixed list of passes, each a function from a model to an equal model, over the vocabulary of `graph`, `facts` (symbolic
-shapes), `arrangement` (views) and `masks`. A pass that does not recognise something leaves it as it is.
+`canonical` is a fixed list of passes, each a function from a model to an equal model, over the vocabulary of `graph`, `facts`
+(symbolic shapes), `arrangement` (views) and `masks`. A pass that does not recognise something leaves it as it is.
 """
 
 from gristmill.formats.onnx.canonical.activations import activations

@@ -1,7 +1,8 @@
 """Activations from what exporters spell out: Gelu, Swish, HardSwish, Mish.
 
-Each is a polynomial in its argument x and in one function t of a polynomial of x. An expression is expanded into such polynomials and
-held against a table, so that the order of the factors, where 0.5 is multiplied in, and whether a power is a product do not matter.
+Each is a polynomial in its argument x and in one function t of a polynomial of x. An expression is expanded into such
+polynomials and held against a table, so that the order of the factors, where 0.5 is multiplied in, and whether a power is a
+product do not matter.
 """
 
 from dataclasses import dataclass, field

@@ -1,8 +1,8 @@
 """How the elements of a value lie in the value that it is a view of: which part of which axis is where.
 
-Chains of Reshape, Transpose, Squeeze, Unsqueeze and Flatten say little one by one; their composition says it all. An axis of a root is
-cut into atoms where reshapes cut it; an arrangement lists the atoms of each axis of the view, outermost first. Axes of extent 1 have
-none.
+Chains of Reshape, Transpose, Squeeze, Unsqueeze and Flatten say little one by one; their composition says it all. An axis of a
+root is cut into atoms where reshapes cut it; an arrangement lists the atoms of each axis of the view, outermost first. Axes of
+extent 1 have none.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,9 @@
 """Attention: products of queries and keys, softmax, products with values, become MaskedAttention over [batch, length, columns].
 
-What is between the products may come in any order: scaling on either side or of the scores, an additive mask, a Where. The mask must
-be proven to come from one [batch, keys] mask (`masks`); a graph whose mask is not proven is left as it is. A row of which every key
-is masked has no meaning that exporters agree on: additive masks of -10000 attend as if there were no mask, -inf gives NaN or 0;
-MaskedAttention gives what it gives.
+What is between the products may come in any order: scaling on either side or of the scores, an additive mask, a Where. The mask
+must be proven to come from one [batch, keys] mask (`masks`); a graph whose mask is not proven is left as it is. A row of which
+every key is masked has no meaning that exporters agree on: additive masks of -10000 attend as if there were no mask, -inf gives
+NaN or 0; MaskedAttention gives what it gives.
 """
 
 from dataclasses import dataclass, replace

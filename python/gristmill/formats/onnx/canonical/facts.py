@@ -1,8 +1,8 @@
 """What can be said about a graph before it meets an input: shapes in symbols, and the values of shape arithmetic.
 
-`Model.types` knows less on purpose: it need not follow Shape, Gather, Concat and Reshape, as plans are made for concrete shapes.
-Here the values of small integer vectors are followed as symbols, so that a Reshape to [Shape(x)[0], Shape(x)[1], 12, 64] has a shape.
-Two symbols are never taken for equal, unless they are the same.
+`Model.types` knows less on purpose: it need not follow Shape, Gather, Concat and Reshape, as plans are made for concrete
+shapes. Here the values of small integer vectors are followed as symbols, so that a Reshape to [Shape(x)[0], Shape(x)[1], 12,
+64] has a shape. Two symbols are never taken for equal, unless they are the same.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """Where an attention mask comes from: a proof that a value depends on one [batch, keys] mask of zeros and ones alone.
 
-A value is followed as a table of two entries, what it is where the mask is 0 and where it is 1, and the arrangement of the mask's
-two axes in it. Elementwise operators are applied to the entries; views, Expand and the gathers of index grids move the axes. What is
-constant is a table without a source. Whatever else happens to a value, nothing is claimed of it.
+A value is followed as a table of two entries, what it is where the mask is 0 and where it is 1, and the arrangement of the
+mask's two axes in it. Elementwise operators are applied to the entries; views, Expand and the gathers of index grids move the
+axes. What is constant is a table without a source. Whatever else happens to a value, nothing is claimed of it.
 
 An integer input that is used as such a mask is taken to hold zeros and ones; where a graph compares it, the outcome is exact.
 """

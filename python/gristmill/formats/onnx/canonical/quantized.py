@@ -1,19 +1,20 @@
 """Int8 forms of Linear: weights that are dequantised, inputs that are rounded to codes on the way, integer products.
 
-A weight whose codes are symmetric, unsigned ones taken less 128, becomes a `Quantized` tensor; any other becomes float32. The rounding
-of an input by QuantizeLinear and DequantizeLinear becomes the attributes `input_scale` and `input_zero_point`. What
-DynamicQuantizeLinear rounds with one scale for the whole input, Linear rounds with a scale for each row when it runs: the result
-differs from the file's, by less than the file's differs from that of the network before it was quantised.
+A weight whose codes are symmetric, unsigned ones taken less 128, becomes a `Quantized` tensor; any other becomes float32. The
+rounding of an input by QuantizeLinear and DequantizeLinear becomes the attributes `input_scale` and `input_zero_point`. What
+DynamicQuantizeLinear rounds with one scale for the whole input, Linear rounds with a scale for each row when it runs: the
+result differs from the file's, by less than the file's differs from that of the network before it was quantised.
 """
 
 from typing import Any
 
 import numpy as np
 
+from gristmill.formats.onnx.canonical.arrangement import VIEWS
 from gristmill.formats.onnx.canonical.graph import Graph
 from gristmill.formats.onnx.canonical.linear import row_vector
 from gristmill.model import Model
-from gristmill.ops import OPS, OWN, Node, find
+from gristmill.ops import OWN, Node, find
 from gristmill.tensor import Dense, Quantized, Tensor
 from gristmill.tensor.parts import Array
 
@@ -41,12 +42,18 @@ def _rounding(graph: Graph, name: str) -> tuple[str, Node] | None:
 
 def _on_grid(graph: Graph, name: str, constants: tuple[str, ...]) -> bool:
     """Whether a value is a view of what was dequantised with these constants, of which there is one for all elements."""
-    node = graph.maker(name, "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "DequantizeLinear")
-    while node is not None and node.op != "DequantizeLinear":
-        node = graph.maker(node.inputs[0], "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "DequantizeLinear")
+    node = _grid(graph, name)
     if node is None or len(node.inputs) != len(constants) + 1 or any(graph.scalar(value) is None for value in constants):
         return False
     return all(graph.scalar(a) == graph.scalar(b) for a, b in zip(node.inputs[1:], constants, strict=True))
+
+
+def _grid(graph: Graph, name: str) -> Node | None:
+    """The DequantizeLinear that made what a value is a view of."""
+    node = graph.maker(name, *VIEWS, "DequantizeLinear")
+    while node is not None and node.op != "DequantizeLinear":
+        node = graph.maker(node.inputs[0], *VIEWS, "DequantizeLinear")
+    return node
 
 
 def quantized_products(model: Model) -> Model:
@@ -151,24 +158,25 @@ def _dequantized(graph: Graph, node: Node, weights: dict[tuple[Any, ...], str]) 
 
 def _linear(graph: Graph, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Node:
     """A Linear that rounds its input itself, where its input is rounded to codes and its weight is int8."""
-    pair = _rounding(graph, inputs[0])
+    pair, grid = _rounding(graph, inputs[0]), _grid(graph, inputs[0])
     attributes = None
-    if pair is not None and isinstance(graph.tensors[inputs[1]], Quantized):
-        attributes = _input_codes(graph, pair[1].inputs[1], pair[1].input(2))
-    if pair is None or attributes is None:
+    if grid is not None and isinstance(graph.tensors[inputs[1]], Quantized):
+        attributes = _input_codes(graph, grid.inputs[1], grid.input(2), grid.inputs[0])
+    if attributes is None:
         return Node("Linear", inputs, outputs, {}, OWN)
-    return Node("Linear", (pair[0], *inputs[1:]), outputs, attributes, OWN)
+    # What lies on the grid already is rounded to itself.
+    source = inputs[0] if pair is None else pair[0]
+    return Node("Linear", (source, *inputs[1:]), outputs, attributes, OWN)
 
 
-def _input_codes(graph: Graph, scale: str, zero: str) -> dict[str, Any] | None:
-    """The attributes that say how an input is rounded; None where Linear does not round so."""
-    step, array = graph.scalar(scale), graph.constant(zero) if zero else np.zeros(1, np.uint8)
-    if step is None or array is None or array.size != 1 or array.dtype not in CODES or not 2.0**-100 <= step <= 2.0**100:
+def _input_codes(graph: Graph, scale: str, zero: str, codes: str) -> dict[str, Any] | None:
+    """The attributes that say how an input is rounded to codes; None where Linear does not round so."""
+    step, dtype = graph.scalar(scale), graph.dtype(zero or codes)
+    start = graph.scalar(zero) if zero else 0
+    if step is None or start is None or dtype not in CODES or not 2.0**-100 <= step <= 2.0**100:
         return None
-    if "input_scale" not in OPS[OWN, "Linear"].attributes:
-        return None
-    offset = 128 if array.dtype == np.int8 else 0
-    return {"input_scale": float(step), "input_zero_point": int(array.reshape(-1)[0]) + offset}
+    offset = 128 if dtype == np.int8 else 0
+    return {"input_scale": float(step), "input_zero_point": int(start) + offset}
 
 
 def _requantized(graph: Graph, node: Node, weights: dict[tuple[Any, ...], str]) -> list[Node] | None:
@@ -180,7 +188,7 @@ def _requantized(graph: Graph, node: Node, weights: dict[tuple[Any, ...], str]) 
     codes = graph.maker(a, "QuantizeLinear")
     attributes = None
     if codes is not None and codes.inputs[1:] == (scale, zero) and isinstance(graph.tensors[weight], Quantized):
-        attributes = _input_codes(graph, scale, zero)
+        attributes = _input_codes(graph, scale, zero, a)
     made, name = [], graph.fresh(f"{node.name}.product")
     source = codes.inputs[0] if codes is not None and attributes is not None else graph.fresh(f"{a}.value")
     if attributes is None:
