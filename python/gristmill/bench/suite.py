@@ -1,0 +1,129 @@
+"""Runs the table: finds the engines, prepares their files, races the rows, and measures quality, start and memory."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from gristmill.bench import inputs
+from gristmill.bench.engines import ENGINES, OURS
+from gristmill.bench.machine import machine
+from gristmill.bench.race import Contest, Entry, Worker, race
+from gristmill.bench.rows import ROWS, Row, contenders
+from gristmill.bench.worker import REPORT, command
+from gristmill.errors import WorkerError
+
+STARTS = 5
+MEMORY_BATCH, MEMORY_LENGTH = 32, 256
+START_LENGTH = 16
+MEASURED = (("int8", ""), ("fp32", ""), ("bf16", ""))
+
+
+@dataclass
+class Suite:
+    """One run for one model. Everything that engines need lies in `cache`; nothing is prepared twice."""
+
+    source: Path
+    cache: Path
+    rivals_python: str = sys.executable
+    rounds: int = 7
+    seconds: float = 0.15
+    progress: Callable[[str], None] = lambda _: None
+    engines: Sequence[str] = tuple(ENGINES)
+    missing: dict[str, str] = field(default_factory=dict)
+    described: dict[str, Any] = field(default_factory=dict)
+
+    def python(self, engine: str) -> str:
+        return sys.executable if engine == OURS else self.rivals_python
+
+    def job(self, engine: str, do: str, **more: Any) -> tuple[str, ...]:
+        job = {"do": do, "engine": engine, "cache": str(self.cache), **more}
+        return command(self.python(engine), engine == OURS, job)
+
+    def ask(self, label: str, line: Sequence[str], threads: int = 1) -> dict[str, Any]:
+        """Run a job in a process of its own and return what it reports."""
+        worker = Worker(label, line, threads, {})
+        try:
+            while not (answer := worker.answer()).startswith(REPORT):
+                pass
+            return json.loads(answer.removeprefix(REPORT))
+        finally:
+            worker.close()
+
+    def find(self) -> list[str]:
+        """Return the engines that can run here; the others are in `missing`, with the command that adds them."""
+        present = []
+        for name in self.engines:
+            engine = ENGINES[name]
+            wanted = {*engine.imports, *engine.prepares}
+            job = {"do": "describe", "imports": sorted(wanted), "packages": engine.packages}
+            python = self.python(name)
+            self.described[name] = found = self.ask(engine.label, command(python, name == OURS, job))
+            absent = wanted - set(found["importable"])
+            if name != OURS and absent:
+                reason = f"no module {', '.join(sorted(absent))}"
+                self.missing[name] = f"{reason}: {python} -m pip install {' '.join(engine.packages)}"
+            else:
+                present.append(name)
+        return present
+
+    def prepare(self, engines: Iterable[str], precisions: Iterable[str]) -> list[str]:
+        """Make every engine's files and return the engines that have them."""
+        self.cache.mkdir(parents=True, exist_ok=True)
+        if not (self.cache / "tokens.npz").exists():
+            inputs.tokenize(self.source, self.cache / "tokens.npz")
+        ready = []
+        for name in engines:
+            self.progress(f"{ENGINES[name].label} prepares its files")
+            try:
+                self.ask(ENGINES[name].label, self.job(name, "prepare", source=str(self.source), precisions=sorted(precisions)))
+                ready.append(name)
+            except WorkerError as error:
+                self.missing[name] = f"could not prepare the model: {error}"
+        return ready
+
+    def race(self, row: Row, engines: Sequence[str]) -> dict[str, Any]:
+        """Race one row; labels are (engine, variant) joined by a blank."""
+        entries = []
+        for name, variant in contenders(row):
+            if name in engines:
+                job = {
+                    "precision": row.precision, "threads": row.threads, "variant": variant, "batch": row.batch,
+                    "length": row.length,
+                }  # fmt: skip
+                line = self.job(name, "train" if row.train else "timed", **job)
+                entries.append(Entry(f"{name} {variant}".strip(), line))
+        contest = Contest(row.title, row.threads, tuple(entries), rounds=self.rounds, seconds=self.seconds)
+        return race(contest, self.progress)
+
+    def vectors(self, engine: str, precision: str, variant: str = "") -> np.ndarray:
+        """Return the vectors of all sentences."""
+        target = self.cache / f"vectors-{engine}-{precision}-{variant}.npy"
+        job = self.job(engine, "quality", precision=precision, threads=1, variant=variant, target=str(target))
+        self.ask(ENGINES[engine].label, job)
+        return np.load(target)
+
+    def start(self, engine: str, precision: str, variant: str = "") -> dict[str, float]:
+        """Return the median seconds of the import, and from the file to the first answer, of processes that start anew."""
+        job = self.job(
+            engine, "start", precision=precision, threads=1, variant=variant, batch=1, length=START_LENGTH,
+            imports=ENGINES[engine].start,
+        )  # fmt: skip
+        runs = [self.ask(ENGINES[engine].label, job) for _ in range(STARTS)]
+        return {name: median(run[name] for run in runs) for name in ("imported", "first")}
+
+    def memory(self, engine: str, precision: str, variant: str = "", threads: int = 1) -> int:
+        """Return the peak resident bytes of a process that runs batches of 32 x 256."""
+        job = self.job(
+            engine, "memory", precision=precision, threads=threads, variant=variant, batch=MEMORY_BATCH, length=MEMORY_LENGTH
+        )
+        return self.ask(ENGINES[engine].label, job)["peak"]
