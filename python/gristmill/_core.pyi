@@ -17,7 +17,14 @@ ACTIVATIONS: dict[str | None, int]
 
 class Program:
     def __len__(self) -> int: ...
+    def overlap(self) -> None:
+        """Let the next step start before all threads are done with the last one."""
     def run(self, threads: int = 1) -> None: ...
+
+def run_map(
+    programs: list[Program], inputs: list[tuple[Array, list[Array]]], outputs: list[tuple[Array, list[Array]]], items: int
+) -> None:
+    """Run programs[rank] for each of `items` slices along the leading axis of (array, [one rank's array for a slice])."""
 
 class Weight:
     shape: tuple[int, int]

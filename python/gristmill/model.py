@@ -4,12 +4,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from dataclasses import replace as dataclass_replace
 from functools import cached_property
+from heapq import heappop, heappush
 from types import MappingProxyType
 from typing import Any
 
 from gristmill.errors import ModelError
 from gristmill.ops import Node, TensorType, find
-from gristmill.ops.op import need
+from gristmill.ops.op import UNKNOWN, Undetermined, need
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
 
@@ -51,7 +52,7 @@ class Model:
 
     @cached_property
     def types(self) -> Mapping[str, TensorType]:
-        """The type of every value, tensors included."""
+        """The type of every value, tensors included; UNKNOWN where it depends on values."""
         types = {name: TensorType(tensor.dtype, tensor.shape) for name, tensor in self.tensors.items()}
         clash = types.keys() & self.inputs.keys()
         if clash:
@@ -75,8 +76,13 @@ class Model:
                 node,
                 f"attribute {key} must be {wanted}, got {value!r}",
             )
-        constants = [self.tensors.get(name) for name in node.inputs]
-        inferred = op.infer(node, [types[name] if name else None for name in node.inputs], constants)
+        given_types = [types[name] if name else None for name in node.inputs]
+        if any(kind is not None and not kind.known for kind in given_types):
+            return [UNKNOWN] * len(node.outputs)
+        try:
+            inferred = op.infer(node, given_types, [self.tensors.get(name) for name in node.inputs])
+        except Undetermined:
+            return [UNKNOWN] * len(node.outputs)
         need(len(inferred) == len(node.outputs), node, f"makes {len(inferred)} outputs, {len(node.outputs)} are named")
         return inferred
 
@@ -151,19 +157,25 @@ def in_order(nodes: tuple[Node, ...], defined: Iterable[str]) -> list[Node]:
             if not name or name in makers or name in known:
                 raise ModelError(f"{node.op}: value '{name}' is made twice or has no name")
             makers[name] = node
+    waits = [{name for name in node.inputs if name and name not in known} for node in nodes]
+    readers: dict[str, list[int]] = {}
+    for position, names in enumerate(waits):
+        for name in names:
+            readers.setdefault(name, []).append(position)
+    ready = [position for position, names in enumerate(waits) if not names]  # ascending, hence a heap
     ordered: list[Node] = []
-    waiting = list(nodes)
-    while waiting:
-        blocked = []
-        for node in waiting:
-            if all(not name or name in known for name in node.inputs):
-                ordered.append(node)
-                known.update(node.outputs)
-            else:
-                blocked.append(node)
-        if len(blocked) == len(waiting):
-            raise ModelError(_explain_blocked(blocked, known, makers))
-        waiting = blocked
+    while ready:
+        node = nodes[heappop(ready)]
+        ordered.append(node)
+        for name in node.outputs:
+            known.add(name)
+            for position in readers.pop(name, ()):
+                waits[position].discard(name)
+                if not waits[position]:
+                    heappush(ready, position)
+    if len(ordered) < len(nodes):
+        blocked = [node for node, names in zip(nodes, waits, strict=True) if names]
+        raise ModelError(_explain_blocked(blocked, known, makers))
     return ordered
 
 

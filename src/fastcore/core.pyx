@@ -7,6 +7,7 @@ import os
 
 from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_FORMAT, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uintptr_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 
@@ -31,8 +32,21 @@ cdef extern from "fastcore.h" nogil:
     fc_program *fc_program_new()
     void fc_program_free(fc_program *program)
     fc_status fc_program_add(fc_program *program, fc_step_fn *run, const void *args, size_t size)
+    void fc_program_overlap(fc_program *program)
     int64_t fc_program_length(const fc_program *program)
     fc_status fc_program_run(const fc_program *program, int threads)
+    ctypedef struct fc_slices:
+        char *outside
+        char **inside
+        size_t bytes
+    ctypedef struct fc_map:
+        fc_program **programs
+        int ranks
+        const fc_slices *inputs
+        const fc_slices *outputs
+        int input_count, output_count
+        int64_t items
+    fc_status fc_program_map(const fc_map *map)
     fc_status fc_run_step(fc_step_fn *run, const void *args, int threads)
     int fc_has_threads()
 
@@ -139,12 +153,74 @@ cdef class Program:
         self.held.append(arrays)
         return 0
 
+    def overlap(self):
+        """Let the next step start before all threads are done with the last one: neither may touch what the other writes."""
+        fc_program_overlap(self.handle)
+
     def run(self, int threads=1):
         """Run every step on at most `threads` threads, without the GIL."""
         cdef fc_status status
         with nogil:
             status = fc_program_run(self.handle, threads)
         check(status)
+
+
+cdef int fill_slices(fc_slices *slices, char **places, list arrays, int64_t items, int ranks, bint writable) except -1:
+    """Fill one fc_slices for each (array outside, [array inside of each rank]); `places` has room for all ranks of all."""
+    cdef Py_buffer view
+    cdef int i, rank
+    for i, (outside, inside) in enumerate(arrays):
+        if len(inside) != ranks:
+            raise ValueError(f"{ranks} ranks need an array each, got {len(inside)}")
+        slices[i].inside = &places[i * ranks]
+        for rank in range(ranks + 1):
+            array = outside if rank == ranks else inside[rank]
+            PyObject_GetBuffer(array, &view, PyBUF_C_CONTIGUOUS | (PyBUF_WRITABLE if writable == (rank == ranks) else 0))
+            if rank == 0:
+                slices[i].bytes = view.len
+            if rank == ranks:
+                slices[i].outside = <char *>view.buf
+            else:
+                places[i * ranks + rank] = <char *>view.buf
+            fits = view.len == <Py_ssize_t>(slices[i].bytes * (items if rank == ranks else 1))
+            PyBuffer_Release(&view)  # the caller's lists keep the arrays alive
+            if not fits:
+                raise ValueError(f"{items} items of {slices[i].bytes} bytes do not fit an array of {view.len}")
+    return 0
+
+
+def run_map(list programs, list inputs, list outputs, int64_t items):
+    """Run programs[rank] for each of `items` slices, shared out to one thread for each program, without the GIL.
+
+    `inputs` and `outputs` list (array, [array of each rank]): an item is copied from its slice of the first along the leading
+    axis into the second of the rank that runs it, or back.
+    """
+    cdef fc_map plan
+    cdef fc_status status
+    cdef int ranks = len(programs), i
+    cdef Py_ssize_t count = len(inputs) + len(outputs)
+    if ranks == 0 or items < 0 or len({id(program) for program in programs}) != ranks:
+        raise ValueError("a map needs a program of its own for each thread")
+    cdef fc_slices *slices = <fc_slices *>malloc((count + 1) * sizeof(fc_slices))
+    cdef char **places = <char **>malloc((count + 1) * ranks * sizeof(char *))
+    cdef fc_program **handles = <fc_program **>malloc(ranks * sizeof(fc_program *))
+    try:
+        if slices == NULL or places == NULL or handles == NULL:
+            raise MemoryError("fastcore could not allocate a map")
+        for i in range(ranks):
+            handles[i] = (<Program?>programs[i]).handle
+        fill_slices(slices, places, inputs, items, ranks, False)
+        fill_slices(slices + len(inputs), places + len(inputs) * ranks, outputs, items, ranks, True)
+        plan.programs, plan.ranks, plan.items = handles, ranks, items
+        plan.inputs, plan.input_count = slices, len(inputs)
+        plan.outputs, plan.output_count = slices + len(inputs), len(outputs)
+        with nogil:
+            status = fc_program_map(&plan)
+        check(status)
+    finally:
+        free(slices)
+        free(places)
+        free(handles)
 
 
 cdef int run_now(fc_step_fn *run, const void *args, int threads) except -1:

@@ -68,11 +68,31 @@ typedef void fc_step_fn(const void *args, int rank, int size);
 typedef struct fc_program fc_program;
 fc_program *fc_program_new(void);
 void fc_program_free(fc_program *program);
-/* Append a step; `args` (size bytes) are copied. All ranks pass a barrier after each step. */
+/* Append a step; `args` (size bytes) are copied. All ranks pass a barrier after each step,
+ * but for those of fc_program_overlap. */
 fc_status fc_program_add(fc_program *program, fc_step_fn *run, const void *args, size_t size);
+/* Leave out the barrier after the last step: what comes next neither reads nor overwrites what it touches. */
+void fc_program_overlap(fc_program *program);
 int64_t fc_program_length(const fc_program *program);
 /* Run all steps on up to `threads` threads. Fewer when the process's one team is taken or cores are contended. */
 fc_status fc_program_run(const fc_program *program, int threads);
+/* One array of `items` slices outside, and each rank's place for one of them inside. */
+typedef struct fc_slices {
+    char *outside;
+    char *const *inside; /* [ranks] */
+    size_t bytes;        /* of a slice */
+} fc_slices;
+
+/* The same work for many items: rank r runs programs[r], alone, on its own memory, for whichever item is next. */
+typedef struct fc_map {
+    fc_program *const *programs; /* [ranks] */
+    int ranks;
+    const fc_slices *inputs, *outputs;
+    int input_count, output_count;
+    int64_t items;
+} fc_map;
+/* Run a map on up to `ranks` threads. What an item gives must not depend on the rank that runs it. */
+fc_status fc_program_map(const fc_map *map);
 /* Run one step outside a program. */
 fc_status fc_run_step(fc_step_fn *run, const void *args, int threads);
 /* 1 if built with OpenMP. */

@@ -107,9 +107,22 @@ static int affordable(int threads) {
     return threads < most ? threads : (int)most;
 }
 
-void fc_team_run(fc_team_fn *body, void *context, int threads) {
+/* Take the lease of the team; 0 if this run is to work alone. */
+static int take_team(int threads) {
     pthread_once(&watching_forks, watch_forks);
-    if (threads <= 1 || atomic_load(&is_forked_child) || atomic_flag_test_and_set_explicit(&team_taken, memory_order_acquire)) {
+    if (threads <= 1 || atomic_load(&is_forked_child)) return 0;
+    return !atomic_flag_test_and_set_explicit(&team_taken, memory_order_acquire);
+}
+
+static void give_team_back(void) { atomic_flag_clear_explicit(&team_taken, memory_order_release); }
+
+static void run_together(fc_team_fn *body, void *context, int threads) {
+#pragma omp parallel num_threads(affordable(threads))
+    body(context, omp_get_thread_num(), omp_get_num_threads());
+}
+
+void fc_team_run(fc_team_fn *body, void *context, int threads) {
+    if (!take_team(threads)) {
         body(context, 0, 1);
         return;
     }
@@ -118,13 +131,26 @@ void fc_team_run(fc_team_fn *body, void *context, int threads) {
         body(context, 0, 1);
     } else {
         const long before = preemptions();
-#pragma omp parallel num_threads(affordable(threads))
-        body(context, omp_get_thread_num(), omp_get_num_threads());
+        run_together(body, context, threads);
         judge_contention(started_ns, now_ns(), preemptions() - before);
     }
-    atomic_flag_clear_explicit(&team_taken, memory_order_release);
+    give_team_back();
+}
+
+void fc_pool_run(fc_team_fn *body, void *context, int threads) {
+    if (!take_team(threads)) {
+        body(context, 0, 1);
+        return;
+    }
+    run_together(body, context, threads);
+    give_team_back();
 }
 #else
+void fc_pool_run(fc_team_fn *body, void *context, int threads) {
+    (void)threads;
+    body(context, 0, 1);
+}
+
 void fc_team_run(fc_team_fn *body, void *context, int threads) {
     (void)threads;
     body(context, 0, 1);

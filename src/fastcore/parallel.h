@@ -22,6 +22,9 @@ FC_HIDDEN void fc_barrier_wait(fc_barrier *barrier, int size);
 /* `body` runs once per rank of a team of at most `threads`; the true team size is passed in. */
 typedef void fc_team_fn(void *context, int rank, int size);
 FC_HIDDEN void fc_team_run(fc_team_fn *body, void *context, int threads);
+/* The same for ranks that never wait for each other: one that loses its core holds up nobody, so that contention is no reason
+ * to work alone. */
+FC_HIDDEN void fc_pool_run(fc_team_fn *body, void *context, int threads);
 
 /* This rank's range [*begin, *end) of n items, cut at multiples of grain. Ranks may get nothing. */
 FC_INLINE void fc_partition(int64_t n, int64_t grain, int rank, int size, int64_t *begin, int64_t *end) {

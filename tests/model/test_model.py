@@ -43,7 +43,7 @@ def test_nodes_are_put_in_order():
         ((Node("Linear", ("x", "wide"), ("y",), domain=OWN),), "last dimensions must be equal"),
         ((Node("Linear", ("x", "x"), ("y",), domain=OWN),), "must be a tensor of the model"),
         ((Node("Linear", ("x", "w", "g"), ("y",), domain=OWN),), "bias"),
-        ((Node("Add", ("x", "w"), ("y",)),), "do not broadcast"),
+        ((Node("Add", ("x", "wide"), ("y",)),), "do not broadcast"),
     ],
 )
 def test_bad_graphs_are_refused(nodes, message):

@@ -379,3 +379,27 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_runs_alone_and_gives_the_same_bits():
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=60)
+
+
+def test_steps_that_do_not_meet_share_a_group():
+    """Three products of one input need no barrier between them; what reads them does, and so does memory used anew."""
+    from gristmill.model import Model
+    from gristmill.ops import OWN, Node, TensorType
+    from gristmill.tensor import Dense
+
+    rng = np.random.default_rng(0)
+    weights = {name: Dense(rng.standard_normal((64, 64)).astype(np.float32)) for name in "abcd"}
+    nodes = [Node("Linear", ("x", name), (f"y{name}",), domain=OWN) for name in "abc"]
+    nodes += [Node("Add", ("ya", "yb"), ("s",)), Node("Add", ("s", "yc"), ("t",)), Node("Linear", ("t", "d"), ("z",), domain=OWN)]
+    model = Model(tuple(nodes), weights, {"x": TensorType(np.dtype(np.float32), (96, 64))}, ("z", "ya", "yb", "yc"))
+    session = gm.Session(model, threads=3, precision="int8")
+    layout = session.layout(model.inputs)
+    groups = {}
+    for group, step in zip(layout.groups, layout.steps, strict=True):
+        groups.setdefault(step.node.name, set()).add(group)
+    assert groups["yb"] == groups["yc"] < groups["ya"]
+    assert not groups["z"] & (groups["ya"] | groups["t"] | groups["s"])
+    x = rng.standard_normal((96, 64)).astype(np.float32)
+    wanted = gm.Session(model, threads=1, precision="int8").run(x=x)["z"]
+    for _ in range(50):
+        np.testing.assert_array_equal(session.run(x=x)["z"], wanted)

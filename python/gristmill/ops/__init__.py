@@ -1,20 +1,15 @@
-"""The operators: one instance each, by (domain, name). A new operator is its file and its line here."""
+"""The operators: one instance each, by (domain, name).
+
+A module of operators lists them in OPERATORS; a new module is its name here.
+"""
 
 from gristmill.errors import ModelError
 from gristmill.ops import activation, arithmetic, linear, loss, normalization
 from gristmill.ops.op import GRAD, OWN, Node, Op, TensorType
 
-_ALL: tuple[type[Op], ...] = (
-    linear.Linear, linear.LinearGradInput, linear.LinearGradWeight, linear.SumRows,
-    activation.Relu, activation.Gelu, activation.Tanh, activation.Sigmoid, activation.Swish, activation.ActivationGrad,
-    arithmetic.Add, arithmetic.Mul, arithmetic.Identity, arithmetic.SumToShape,
-    normalization.LayerNormalization, normalization.LayerNormalizationGrad,
-    normalization.Softmax, normalization.SoftmaxGrad,
-    loss.SoftmaxCrossEntropyLoss, loss.SoftmaxCrossEntropyLossGrad, loss.MeanSquaredError, loss.MeanSquaredErrorGrad,
-    loss.DistillationLoss, loss.DistillationLossGrad,
-)  # fmt: skip
+_MODULES = (activation, arithmetic, linear, loss, normalization)
 
-OPS: dict[tuple[str, str], Op] = {(op.domain, op.name): op() for op in _ALL}
+OPS: dict[tuple[str, str], Op] = {(op.domain, op.name): op() for module in _MODULES for op in module.OPERATORS}
 
 
 def find(node: Node) -> Op:

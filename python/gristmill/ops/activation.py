@@ -94,6 +94,11 @@ class Activation(Op):
         if tape.wants(node.inputs[0]):
             tape.add(node.inputs[0], tape.emit("ActivationGrad", [dy, source], {"activation": self.kind(node)}))
 
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        return True
+
     def bind(self, node: Node, binder: Binder) -> bool:
         x, layout = binder.stored(node.inputs[0])
         binder.step(_core.activate, self.kind(node), x, binder.output(node.outputs[0], layout))
@@ -150,3 +155,6 @@ class ActivationGrad(Op):
         dy, x = binder.rows(node.inputs[0]), binder.rows(node.inputs[1])
         binder.step(_core.activate_grad, node.attributes["activation"], dy, x, binder.output(node.outputs[0]))
         return True
+
+
+OPERATORS = (Relu, Gelu, Tanh, Sigmoid, Swish, ActivationGrad)

@@ -6,23 +6,30 @@ from typing import Any
 import numpy as np
 
 from gristmill import _core
-from gristmill.ops.op import GRAD, Binder, Dim, Node, Op, Tape, TensorType, need, same_dim
+from gristmill.ops.op import GRAD, Binder, Dim, Node, Op, Tape, TensorType, aligned, need, same_dim
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
 
 
 def broadcast(node: Node, a: TensorType, b: TensorType) -> TensorType:
-    """Return the type of an elementwise result; two symbols are equal only if their names are."""
+    """Return the type of an elementwise result; symbols may turn out to be whatever fits."""
     rank = max(len(a.shape), len(b.shape))
     left: tuple[Dim, ...] = (1,) * (rank - len(a.shape)) + a.shape
     right: tuple[Dim, ...] = (1,) * (rank - len(b.shape)) + b.shape
     need(
-        all(x == y or x == 1 or y == 1 for x, y in zip(left, right, strict=True)),
+        all(same_dim(x, y) or x == 1 or y == 1 for x, y in zip(left, right, strict=True)),
         node,
         f"'{node.inputs[0]}' is {a} and '{node.inputs[1]}' is {b}: the shapes do not broadcast",
     )
     need(a.dtype == b.dtype, node, f"'{node.inputs[0]}' is {a} and '{node.inputs[1]}' is {b}: the dtypes differ")
-    return TensorType(a.dtype, tuple(y if x == 1 else x for x, y in zip(left, right, strict=True)))
+    return TensorType(a.dtype, tuple(_wider(x, y) for x, y in zip(left, right, strict=True)))
+
+
+def _wider(x: Dim, y: Dim) -> Dim:
+    """The dimension of a result: a number other than 1 decides, then a symbol."""
+    if x == 1 or (isinstance(x, str) and isinstance(y, int) and y != 1):
+        return y
+    return x
 
 
 class Elementwise(Op):
@@ -40,6 +47,11 @@ class Elementwise(Op):
         assert a is not None
         assert b is not None
         return [broadcast(node, a, b)]
+
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        return aligned(split, types, made[0])
 
     def bind(self, node: Node, binder: Binder) -> bool:
         a, b = binder.rows(node.inputs[0]), binder.rows(node.inputs[1])
@@ -134,3 +146,6 @@ class SumToShape(Op):
         extra = x.ndim - like.ndim
         axes = (*range(extra), *[extra + i for i, d in enumerate(like.shape) if d == 1 and x.shape[extra + i] != 1])
         return [np.asarray(x.sum(axis=axes, dtype=np.float64).reshape(like.shape), x.dtype)]
+
+
+OPERATORS = (Add, Mul, Identity, SumToShape)

@@ -65,6 +65,12 @@ class Linear(Op):
         if bias and tape.wants(bias):
             tape.add(bias, tape.emit("SumRows", [dy]))
 
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        residual = len(split) < 4 or not node.input(3) or split[3]
+        return split[0] and residual and len(made[0].shape) > 1
+
     def bind(self, node: Node, binder: Binder) -> bool:
         return KERNELS[binder.tensor(node.inputs[1]).kind](node, binder)
 
@@ -244,3 +250,6 @@ class SumRows(Op):
         x = binder.rows(node.inputs[0])
         binder.step(_core.column_sum, x.reshape(*as_rows(x.shape)), binder.output(node.outputs[0]))
         return True
+
+
+OPERATORS = (Linear, LinearGradInput, LinearGradWeight, SumRows)

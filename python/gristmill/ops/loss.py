@@ -208,3 +208,13 @@ class DistillationLossGrad(LossGrad):
 def bind_distillation(kernel: Any, node: Node, binder: Binder) -> None:
     t, alpha = node.attributes["temperature"], node.attributes["alpha"]
     binder.step(kernel, *map(binder.rows, node.inputs), t, alpha, binder.output(node.outputs[0]))
+
+
+OPERATORS = (
+    SoftmaxCrossEntropyLoss,
+    SoftmaxCrossEntropyLossGrad,
+    MeanSquaredError,
+    MeanSquaredErrorGrad,
+    DistillationLoss,
+    DistillationLossGrad,
+)

@@ -60,6 +60,11 @@ class LayerNormalization(Op):
         if beta and tape.wants(beta):
             tape.add(beta, tape.emit("SumRows", [dy]))
 
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        return list(split) == [True] + [False] * (len(split) - 1) and len(made[0].shape) > 1
+
     def bind(self, node: Node, binder: Binder) -> bool:
         x, out = binder.rows(node.inputs[0]), binder.output(node.outputs[0])
         shape = as_rows(x.shape)
@@ -160,3 +165,6 @@ class SoftmaxGrad(Op):
         shape = as_rows(y.shape)
         binder.step(_core.softmax_grad, dy.reshape(*shape), y.reshape(*shape), dx.reshape(*shape))
         return True
+
+
+OPERATORS = (LayerNormalization, LayerNormalizationGrad, Softmax, SoftmaxGrad)

@@ -33,8 +33,20 @@ class TensorType:
     def nbytes(self) -> int:
         return prod(self.extents) * self.dtype.itemsize
 
+    @property
+    def known(self) -> bool:
+        """False for a value whose dtype and rank depend on what the graph computes."""
+        return self.dtype != object
+
     def __str__(self) -> str:
-        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]" if self.known else "of a type that depends on values"
+
+
+UNKNOWN = TensorType(np.dtype(object), ())
+
+
+class Undetermined(Exception):
+    """Raised by a shape rule where the types of the outputs depend on values that are not known."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +108,8 @@ class Binder(Protocol):
 
     threads: int
     in_place: bool  # read weights where they are rather than keep packed copies
+    precision: str | None  # what the session was asked for: "float32", "bf16", "int8", or None
+    low_precision: bool  # whether products of activations may round to bf16, as those with weights round already
 
     def rows(self, name: str) -> Buffer: ...
     def lanes(self, name: str) -> Buffer: ...
@@ -120,19 +134,46 @@ class Op:
     arity: ClassVar[tuple[int, int]]  # fewest and most inputs
     attributes: ClassVar[Mapping[str, type | tuple[type, ...]]] = {}  # allowed attributes and their types
     differentiable: ClassVar[bool] = False
+    pure: ClassVar[bool] = True  # equal inputs give equal outputs, so that the node may be folded
     tensor_inputs: ClassVar[tuple[int, ...]] = ()  # constants that `reference` takes as tensors, for their kind matters
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         """Return the types of the outputs.
 
+        Args:
+            node: the node.
+            types: the type of each input, None where it is absent. Dimensions may be symbolic.
+            constants: each input whose value is known: tensors of the model, and what follows from concrete shapes.
+
         Raises:
             ModelError: the inputs do not fit; the message names both shapes.
+            Undetermined: the types depend on values that are not known. The node then runs its reference when they are.
         """
-        raise NotImplementedError
+        raise Undetermined
+
+    def known(self, node: Node, types: Sequence[TensorType | None], values: Sequence[Array | None]) -> list[Array] | None:
+        """Return the outputs where they follow from concrete types and the known values, so that no step computes them."""
+        present = [value for name, value in zip(node.inputs, values, strict=True) if name]
+        if not self.pure or not present or any(value is None for value in present) or self.tensor_inputs:
+            return None
+        return [np.asarray(output) for output in self.reference(node, *values)]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         """Compute the outputs with NumPy. Inputs are arrays, but for those that `tensor_inputs` lists."""
         raise NotImplementedError
+
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        """Whether row i along axis 0 of every output depends only on row i of the inputs that are split.
+
+        Args:
+            node: the node.
+            split: which inputs carry the examples of the batch along axis 0; the others are the same for all.
+            types: concrete types of the inputs, None where one is absent.
+            made: concrete types of the outputs; their leading dimension is the batch.
+        """
+        return False
 
     def gradient(self, node: Node, tape: Tape, dy: str) -> None:
         """Add the gradients of the inputs that the tape wants, given the gradient of the output."""
@@ -147,6 +188,29 @@ def need(condition: bool, node: Node, message: str) -> None:
     """Raise a ModelError about a node unless the condition holds."""
     if not condition:
         raise ModelError(f"{node.op} '{node.name}': {message}")
+
+
+def refusal(node: Node, error: Exception) -> ModelError:
+    """What to raise where NumPy or the border refuses what an operator hands it."""
+    return ModelError(f"{node.op} '{node.name}': {error}")
+
+
+def fresh_dim(node: Node, axis: int) -> str:
+    """Return a symbol for a dimension that follows from symbolic ones by arithmetic."""
+    return f"{node.name}.{axis}"
+
+
+def aligned(split: Sequence[bool], types: Sequence[TensorType | None], made: TensorType) -> bool:
+    """Whether broadcasting keeps the examples of split inputs apart: a rule for `separable`."""
+    rank = len(made.shape)
+    for along, kind in zip(split, types, strict=True):
+        if kind is None:
+            continue
+        if along and (len(kind.shape) != rank or kind.shape[0] != made.shape[0]):
+            return False
+        if not along and len(kind.shape) == rank and kind.shape[0] != 1:
+            return False
+    return True
 
 
 def same_dim(a: Dim, b: Dim) -> bool:

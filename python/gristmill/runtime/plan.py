@@ -6,7 +6,7 @@ binds the steps to addresses. Steps between two Python references form one C seg
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ import numpy as np
 from gristmill import _core
 from gristmill.errors import ModelError
 from gristmill.model import Model
-from gristmill.ops import Node, TensorType, find
-from gristmill.ops.op import as_rows
+from gristmill.ops import Node, find
+from gristmill.ops.op import as_rows, refusal
 from gristmill.runtime.arena import FOREVER, Buffer, Memory, place
+from gristmill.runtime.shapes import Shapes
 from gristmill.tensor import Quantized, Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
 
@@ -91,21 +92,31 @@ class Step:
         return [arg for arg in within if isinstance(arg, Buffer)]
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a session wants its plans: see `Session` and `ops.op.Binder`."""
+
+    precision: str | None = None
+    low_precision: bool = False
+    reference: bool = False
+    in_place: bool = False
+
+
 class Layout:
     """The first pass: steps over unplaced buffers. Implements `ops.op.Binder`."""
 
     def __init__(
         self,
         model: Model,
-        types: Mapping[str, TensorType],
+        shapes: Shapes,
         threads: int,
         trainable: Mapping[str, Array],
         outputs: Mapping[str, Array],
-        reference: bool,
-        in_place: bool,
+        options: "Options",
     ) -> None:
-        self.model, self.types, self.threads = model, types, threads
-        self.trainable, self.bound, self.in_place = trainable, outputs, in_place
+        self.model, self.types, self.values, self.threads = model, shapes.types, shapes.values, threads
+        self.trainable, self.bound, self.in_place = trainable, outputs, options.in_place
+        self.precision, self.low_precision = options.precision, options.low_precision
         self.steps: list[Step] = []
         self.scales: dict[str, Buffer] = {}
         self.panels: dict[tuple[str, str], tuple[Buffer, Buffer]] = {}
@@ -113,7 +124,7 @@ class Layout:
         self.forms: dict[str, dict[str, Buffer]] = {name: {"rows": buffer} for name, buffer in self.inputs.items()}
         for node in model.nodes:
             self.node = node
-            if reference or not self._bind(node):
+            if node.name not in self.values and (options.reference or not self._bind(node)):
                 self._refer(node)
         self.outputs = {name: self.rows(name) for name in model.outputs}
         self.nbytes = self._place()
@@ -174,7 +185,7 @@ class Layout:
         """A vector of the model: the arena's slice where it trains, else the constant."""
         if name in self.trainable:
             return self.trainable[name]
-        return self.rows(name) if name in self.forms else self.model.tensors[name].dense()
+        return self.model.tensors[name].dense() if name in self.model.tensors else self.rows(name)
 
     def scale(self, name: str) -> Array | Buffer:
         """The scales of an int8 weight: where their gains train, the product of both, made anew at every run."""
@@ -210,6 +221,9 @@ class Layout:
         return Buffer(shape, dtype, self.bound.get(name))
 
     def _constant(self, name: str) -> Buffer:
+        if name in self.values:
+            array = np.ascontiguousarray(self.values[name]).reshape(self.values[name].shape)
+            return Buffer(array.shape, array.dtype, array)
         tensor, trained = self.model.tensors[name], self.trainable.get(name)
         if trained is not None and tensor.kind != "dense":
             raise ModelError(f"'{name}' trains in {tensor.kind} form, which nothing but a Linear can read")
@@ -249,9 +263,11 @@ class Layout:
     def _place(self) -> int:
         for buffer in self.inputs.values():
             buffer.touch(-1)
-        for number, step in enumerate(self.steps):
+        alone = self.threads == 1 or self.in_place  # overlapping saves barriers and costs memory
+        self.groups = list(range(len(self.steps))) if alone else _groups(self.steps, self.inputs.values())
+        for group, step in zip(self.groups, self.steps, strict=True):
             for buffer in step.buffers():
-                buffer.touch(number)
+                buffer.touch(group)
         for buffer in self.outputs.values():
             buffer.touch(FOREVER)
         used = [b for step in self.steps for b in step.buffers()] + [*self.inputs.values(), *self.outputs.values()]
@@ -259,9 +275,25 @@ class Layout:
         return place(list({id(b.root): b.root for b in used if not b.external}.values()))
 
 
-def refusal(node: Node, error: Exception) -> ModelError:
-    """What to raise where the border refuses what an operator hands it."""
-    return ModelError(f"{node.op} '{node.name}': {error}")
+def _groups(steps: list[Step], inputs: Iterable[Buffer]) -> list[int]:
+    """Number the steps so that steps of one number need no barrier between them: none touches what another of them makes.
+
+    A buffer is made by the step that touches it first. Steps of one node may work in place, so that they are kept apart.
+    """
+    groups: list[int] = []
+    seen = {id(buffer) for buffer in inputs}
+    made: set[int] = set()  # by the present group
+    group, before = 0, None
+    for step in steps:
+        touched = {id(buffer.root) for buffer in step.buffers()}
+        apart = before is None or before.kernel is None or step.kernel is None or step.node is before.node
+        if apart or touched & made:
+            group, made = group + 1, set()
+        made |= touched - seen
+        seen |= touched
+        before = step
+        groups.append(group)
+    return groups
 
 
 class Plan:
@@ -272,8 +304,12 @@ class Plan:
         self.outputs = {name: buffer.view(arena) for name, buffer in layout.outputs.items()}
         self.steps = layout.steps
         self.segments: list[_core.Program | Callable[[], None]] = []
-        for step in layout.steps:
+        before = None
+        for group, step in zip(layout.groups, layout.steps, strict=True):
+            if group == before:
+                self.segments[-1].overlap()  # type: ignore[union-attr]
             self._bind(step, arena, weights, layout.threads)
+            before = group
         self._arena = arena  # programs hold addresses in it
 
     def _bind(self, step: Step, arena: Array, weights: Weights, threads: int) -> None:
@@ -303,18 +339,13 @@ def _reference(node: Node, args: list[Any], outputs: list[Array]) -> Callable[[]
 
     def run() -> None:
         values = [arg() if callable(arg) else arg for arg in args]
-        for out, value in zip(outputs, op.reference(node, *values), strict=True):
+        try:
+            made = op.reference(node, *values)
+        except (TypeError, ValueError, IndexError, ArithmeticError) as error:
+            raise refusal(node, error) from error
+        for out, value in zip(outputs, made, strict=True):
+            if np.shape(value) != out.shape:
+                raise ModelError(f"{node.op} '{node.name}': made {np.shape(value)}, planned {out.shape}")
             out[...] = value
 
     return run
-
-
-def concrete_types(model: Model, given: Mapping[str, TensorType]) -> dict[str, TensorType]:
-    """Infer the types of all values once the inputs' dimensions are numbers."""
-    types = {name: TensorType(tensor.dtype, tensor.shape) for name, tensor in model.tensors.items()}
-    types |= given
-    for node in model.nodes:
-        constants = [model.tensors.get(name) for name in node.inputs]
-        made = find(node).infer(node, [types[name] if name else None for name in node.inputs], constants)
-        types |= zip(node.outputs, made, strict=True)
-    return types

@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,16 +14,16 @@ from gristmill.model import Model, check_model
 from gristmill.ops import TensorType
 from gristmill.runtime.arena import Memory
 from gristmill.runtime.fuse import fuse
-from gristmill.runtime.plan import Layout, Plan, Weights, concrete_types
+from gristmill.runtime.mapping import Batch, Bound, Mapped, Stacked, each, examples_per_item
+from gristmill.runtime.plan import Layout, Options, Plan, Weights
+from gristmill.runtime.shapes import Shapes, determine
+from gristmill.runtime.staged import Run, Stage
 from gristmill.runtime.threads import check_threads
 from gristmill.tensor import Quantized, Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
 
 PLANS = 16  # kept per session; the least recently used goes first
-PRECISIONS = (None, "float32", "int8")
-
-
-Run = Callable[[Mapping[str, Array]], dict[str, Array]]  # inputs to outputs, for shapes that are known
+PRECISIONS = (None, "float32", "bf16", "int8")
 
 
 class Session:
@@ -35,7 +35,8 @@ class Session:
         model: what to run.
         threads: at most this many threads. Default: OMP_NUM_THREADS, else physical cores within affinity and cgroup quota. The
             result does not depend on it.
-        precision: "float32" (default) runs tensors as they are; "int8" quantises the dense weights of Linear nodes first.
+        precision: None (default) runs tensors as they are; "float32" too, and never rounds activations to less; "int8" quantises
+            the dense weights of Linear nodes first; "bf16" rounds what they multiply to bfloat16 where the CPU is fast at it.
         trainable: arrays by tensor name, each with the shape of the tensor's `trainable` part, which the program reads in place
             of the model's own values at every run.
         in_place: keep no packed copy of float32 weights; kernels read them tile by tile. Slower, for tight memory.
@@ -64,27 +65,34 @@ class Session:
         reference: bool = False,
     ) -> None:
         if precision not in PRECISIONS:
-            raise ModelError(f"unknown precision {precision!r}; choose float32 or int8")
+            raise ModelError(f"unknown precision {precision!r}; choose float32, bf16 or int8")
         self.model = check_model(model)
         self.threads = check_threads(threads)
-        self.reference = reference
         self.trainable = dict(trainable or {})
         for name, array in self.trainable.items():
             _check_trainable(model, name, array)
         self._stored = _quantized(model, self.trainable) if precision == "int8" else model
         compiled = _reblocked(fuse(self._stored))
         self.memory = memory or Memory()
-        self.in_place = in_place
         self.weights = Weights(compiled, self.trainable, self.memory)
+        self._graph = compiled  # or, in a later stage of a graph, a part of it over the same weights
+        low = (
+            precision == "bf16"
+            or (precision is None and any(is_int8(t) for t in compiled.tensors.values()))
+            or precision == "int8"
+        )
+        self.options = Options(precision, low, reference, in_place)
         self._runs: OrderedDict[Any, Run] = OrderedDict()
         self._arena = self.memory.allocate(0)
+        self._arenas: list[Array] = []  # one for each thread of a map
         self._lock = threading.Lock()
 
     def clone(self) -> "Session":
         """Return a session of its own plans and memory over the same packed weights."""
         other = object.__new__(Session)
         other.__dict__.update(self.__dict__)
-        other._runs, other._arena, other._lock = OrderedDict(), self.memory.allocate(0), threading.Lock()
+        other._runs, other._lock = OrderedDict(), threading.Lock()
+        other._arena, other._arenas = self.memory.allocate(0), []
         return other
 
     def run(self, **inputs: Array) -> dict[str, Array]:
@@ -109,6 +117,27 @@ class Session:
         with self._lock:
             return self._find(inputs, outputs or {})(inputs)
 
+    def map(self, **inputs: Array) -> dict[str, Array]:
+        """Run on every element of a leading axis; elements are shared out to threads.
+
+        Args:
+            inputs: as for `run`, each with one more leading dimension, the same for all.
+
+        Returns:
+            The outputs, stacked along a leading dimension.
+
+        Raises:
+            ModelError: an input is missing, unknown, or does not fit; the leading dimensions differ.
+        """
+        lengths = {np.shape(array)[:1] for array in inputs.values()}
+        if len(lengths) != 1 or () in lengths:
+            raise ModelError(f"every input needs the same leading dimension, got {sorted(lengths)}")
+        items = next(iter(lengths))[0]
+        if not items:
+            raise ModelError("there are no elements to run on")
+        with self._lock:
+            return self._find({name: array[0] for name, array in inputs.items()}, {}, stacked=True)(inputs)
+
     def prepare(self, inputs: Mapping[str, TensorType], outputs: Mapping[str, Array] | None = None) -> Run:
         """Plan for inputs of these concrete types and bind outputs, once for many runs that differ in values alone.
 
@@ -131,9 +160,14 @@ class Session:
 
     def layout(self, inputs: Mapping[str, TensorType], outputs: Mapping[str, Array] | None = None) -> Layout:
         """Plan for inputs of these concrete types without allocating; `nbytes` of the result is what a run needs."""
-        model = self.weights.model
-        types = concrete_types(model, inputs)
-        return Layout(model, types, self.threads, self.trainable, outputs or {}, self.reference, self.in_place)
+        shapes = determine(self._graph, inputs, self.trainable)
+        if shapes.pending:
+            node = shapes.pending[0]
+            raise ModelError(f"{node.op} '{node.name}': its type depends on values, so that the graph cannot be planned whole")
+        return self._layout(shapes, outputs or {})
+
+    def _layout(self, shapes: Shapes, outputs: Mapping[str, Array]) -> Layout:
+        return Layout(self._graph, shapes, self.threads, self.trainable, outputs, self.options)
 
     def explain(self, **shapes: tuple[int, ...]) -> list[dict[str, Any]]:
         """Say which kernel each node is bound to.
@@ -154,13 +188,13 @@ class Session:
             given[name] = TensorType(kind.dtype, tuple(shape))
         return [_explain(step, self._stored) for step in self.layout(given).steps]
 
-    def _find(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Run:
-        """Return a run for arrays of these shapes. Shapes that were met before were checked before."""
-        key = self._key(inputs, outputs)
+    def _find(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], stacked: bool = False) -> Run:
+        """Return a run for arrays of these shapes, or for stacks of such. Shapes that were met before were checked before."""
+        key = self._key(inputs, outputs, stacked)
         run = None if key is None else self._runs.get(key)
         if run is None:
             given = self._check(inputs)  # raises where there is no key
-            run = self._bind(given, dict(self._check_bound(given, outputs)))
+            run = self._plan_stack(given) if stacked else self._plan(given, outputs)
             self._runs[key] = run
             if len(self._runs) > PLANS:
                 self._runs.popitem(last=False)
@@ -168,7 +202,7 @@ class Session:
             self._runs.move_to_end(key)
         return run
 
-    def _key(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Any:
+    def _key(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], stacked: bool) -> Any:
         """What a plan depends on, or None for inputs that cannot be right. A plan keeps its bound arrays, so that no other array
         can come to lie at their addresses."""
         arrays = [inputs.get(name) for name in self.model.inputs]
@@ -176,24 +210,63 @@ class Session:
             return None
         shapes = tuple([(array.shape, array.dtype) for array in arrays])  # type: ignore[union-attr]
         places = tuple([(name, *_place(array)) for name, array in outputs.items()])
-        return _core.isa_generation(), len(inputs), shapes, places
+        return _core.isa_generation(), len(inputs), shapes, places, stacked
 
-    def _bind(self, given: Mapping[str, TensorType], bound: dict[str, Array]) -> Run:
-        layout = self.layout(given, bound)
+    def _plan(self, given: Mapping[str, TensorType], outputs: Mapping[str, Array]) -> Run:
+        shapes = determine(self._graph, given, self.trainable)
+        _check_bound(self._graph, shapes, outputs)
+        if shapes.pending:
+            return Stage(self._graph, shapes, self._over)
+        if not outputs and self.memory.limit is None:
+            split = self._split(given, shapes)
+            if split is not None:
+                return split
+        return self._bind(self._layout(shapes, outputs), dict(outputs))
+
+    def _plan_stack(self, given: Mapping[str, TensorType]) -> Run:
+        mapped = self._mapped(given)
+        return Stacked(mapped) if mapped is not None else each(self._plan(given, {}))
+
+    def _split(self, given: Mapping[str, TensorType], shapes: Shapes) -> Run | None:
+        """Return a run of a batch item by item, or None where that is impossible or not worth it."""
+        size = examples_per_item(self._graph, shapes, self.threads)
+        if size is None:
+            return None
+        batch = next(iter(given.values())).extents[0]
+        whole = self._mapped(_resized(given, size))
+        rest = self._mapped(_resized(given, batch % size)) if batch % size else None
+        if whole is None or (batch % size and rest is None):
+            return None
+        return Batch(whole, rest, size, {name: shapes.types[name] for name in self.model.outputs})
+
+    def _mapped(self, given: Mapping[str, TensorType]) -> Mapped | None:
+        """Plan an item for every thread; None where a part of the plan is Python."""
+        shapes = determine(self._graph, given, self.trainable)
+        if shapes.pending:
+            return None
+        layout = Layout(self._graph, shapes, 1, self.trainable, {}, self.options)
+        if not layout.steps or any(step.kernel is None for step in layout.steps):
+            return None
+        if not self._arenas or layout.nbytes > self._arenas[0].nbytes:
+            self._runs.clear()
+            self.memory.release(sum(arena.nbytes for arena in self._arenas))
+            self._arenas = []
+            self._arenas = [self.memory.allocate(layout.nbytes) for _ in range(self.threads)]
+        return Mapped([Bound(Plan(layout, arena, self.weights), {}, 1) for arena in self._arenas])
+
+    def _over(self, graph: Model) -> Run:
+        """Return a run of a part of the graph, all of whose inputs have concrete types."""
+        part = self.clone()
+        part._graph = part.model = graph
+        return part._plan(graph.inputs, {})
+
+    def _bind(self, layout: Layout, bound: dict[str, Array]) -> Run:
         if layout.nbytes > self._arena.nbytes:
             self._runs.clear()  # they hold the smaller arena, which goes before the larger one comes
             self.memory.release(self._arena.nbytes)
             self._arena = self.memory.allocate(0)
             self._arena = self.memory.allocate(layout.nbytes)
-        plan, threads = Plan(layout, self._arena, self.weights), self.threads
-
-        def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
-            for name, array in plan.inputs.items():
-                np.copyto(array, inputs[name])
-            plan.run(threads)
-            return {name: bound[name] if name in bound else array.copy() for name, array in plan.outputs.items()}
-
-        return run
+        return Bound(Plan(layout, self._arena, self.weights), bound, self.threads)
 
     def _check(self, inputs: Mapping[str, Array]) -> dict[str, TensorType]:
         """Return the concrete types of the inputs after holding them against the model's."""
@@ -216,14 +289,19 @@ class Session:
             given[name] = TensorType(kind.dtype, array.shape)
         return given
 
-    def _check_bound(self, given: Mapping[str, TensorType], bound: Mapping[str, Array]) -> Mapping[str, Array]:
-        types = concrete_types(self.weights.model, given)
-        for name, array in bound.items():
-            fits = name in self.model.outputs and name not in self.model.tensors
-            fits = fits and array.shape == types[name].shape and array.dtype == types[name].dtype
-            if not fits or not array.flags.c_contiguous or not array.flags.writeable:
-                raise ModelError(f"output '{name}' cannot be written to a {array.dtype} array of shape {array.shape}")
-        return bound
+
+def _check_bound(graph: Model, shapes: Shapes, bound: Mapping[str, Array]) -> None:
+    for name, array in bound.items():
+        kind = shapes.types.get(name)
+        fits = name in graph.outputs and name not in graph.tensors and kind is not None and kind.known and not shapes.pending
+        fits = fits and array.shape == kind.shape and array.dtype == kind.dtype  # type: ignore[union-attr]
+        if not fits or not array.flags.c_contiguous or not array.flags.writeable:
+            raise ModelError(f"output '{name}' cannot be written to a {array.dtype} array of shape {array.shape}")
+
+
+def _resized(given: Mapping[str, TensorType], batch: int) -> dict[str, TensorType]:
+    """The same types with another leading dimension."""
+    return {name: TensorType(kind.dtype, (batch, *kind.shape[1:])) for name, kind in given.items()}
 
 
 def _place(array: Array) -> tuple[Any, ...]:

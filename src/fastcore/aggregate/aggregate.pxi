@@ -1,6 +1,5 @@
 # The aggregate family's part of the border.
 from libc.math cimport isfinite
-from libc.stdlib cimport free, malloc
 
 cdef extern from "aggregate/aggregate.h" nogil:
     ctypedef struct fc_sgd:
