@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,16 +14,20 @@ import numpy as np
 
 from gristmill.bench import inputs
 from gristmill.bench.engines import ENGINES, OURS
+from gristmill.bench.floor import Sizes, floor
+from gristmill.bench.limits import LimitUnknown
 from gristmill.bench.machine import machine
 from gristmill.bench.race import Contest, Entry, Worker, race
-from gristmill.bench.rows import ROWS, Row, contenders
+from gristmill.bench.report import FORMAT, cosines
+from gristmill.bench.rows import VARIANTS, Row, contenders
 from gristmill.bench.worker import REPORT, command
 from gristmill.errors import WorkerError
 
 STARTS = 5
 MEMORY_BATCH, MEMORY_LENGTH = 32, 256
 START_LENGTH = 16
-MEASURED = (("int8", ""), ("fp32", ""), ("bf16", ""))
+PARTS = ("quality", "start", "memory")  # what can be asked for beside the rows
+REFERENCES = ("torch", "onnxruntime", "openvino", OURS)  # whose float32 vectors the others are compared with
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Suite:
     rounds: int = 7
     seconds: float = 0.15
     progress: Callable[[str], None] = lambda _: None
+    name: str = ""
     engines: Sequence[str] = tuple(ENGINES)
     missing: dict[str, str] = field(default_factory=dict)
     described: dict[str, Any] = field(default_factory=dict)
@@ -127,3 +130,82 @@ class Suite:
             engine, "memory", precision=precision, threads=threads, variant=variant, batch=MEMORY_BATCH, length=MEMORY_LENGTH
         )
         return self.ask(ENGINES[engine].label, job)["peak"]
+
+    def run(self, rows: Sequence[Row], parts: Sequence[str] = PARTS) -> dict[str, Any]:
+        """Measure everything that is asked for and return it as the JSON file holds it."""
+        precisions = {row.precision for row in rows} | ({"fp32", "bf16", "int8"} if parts else {"fp32"})
+        engines = self.prepare(self.find(), precisions)
+        labels = {name: {"label": ENGINES[name].label, **self.described[name]} for name in engines}
+        result: dict[str, Any] = {
+            "format": FORMAT,
+            "date": time.strftime("%Y-%m-%d"),
+            "model": self.name or self.source.name,
+            "machine": machine(()),
+            "rounds": self.rounds,
+            "seconds": self.seconds,
+            "engines": labels,
+            "missing": self.missing,
+            "rows": [self.measured(row, engines) for row in rows],
+        }
+        for part in parts:
+            result[part] = getattr(self, f"all_{part}")(engines)
+        return result
+
+    def measured(self, row: Row, engines: Sequence[str]) -> dict[str, Any]:
+        self.progress(row.title)
+        raced = self.race(row, engines)
+        limits, unknown = self.floor(row)
+        return {"name": row.name, **asdict(row), **raced, "floor": limits, "floor_unknown": unknown}
+
+    def floor(self, row: Row) -> tuple[dict[str, float], str]:
+        """Return the seconds that the limits of this machine allow, or why they are not known."""
+        sizes = Sizes.read(self.source)
+        if sizes is None:
+            return {}, "no config.json says how much work the model is"
+        try:
+            return floor(sizes, row), ""
+        except LimitUnknown as error:
+            return {}, str(error)
+
+    def settings(self, engines: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+        """Yield (engine, precision, variant) of everything that is not a race."""
+        for precision in ("fp32", "bf16", "int8"):
+            for engine in engines:
+                for variant in ("",) if engine == OURS else VARIANTS.get((engine, precision), ()):
+                    yield engine, precision, variant
+
+    def each(self, engines: Sequence[str], part: str, measure: Callable[[str, str, str], dict[str, Any]]) -> list[dict[str, Any]]:
+        lines = []
+        for engine, precision, variant in self.settings(engines):
+            self.progress(f"{part}: {ENGINES[engine].label} {precision} {variant}".rstrip())
+            found = {"engine": engine, "precision": precision, "variant": variant}
+            try:
+                lines.append(found | measure(engine, precision, variant))
+            except WorkerError as error:
+                lines.append(found | {"failed": str(error)})
+        return lines
+
+    def all_quality(self, engines: Sequence[str]) -> list[dict[str, Any]]:
+        reference = next(name for name in REFERENCES if name in engines)
+        variant = VARIANTS[reference, "fp32"][0] if reference != OURS else ""
+        wanted = self.vectors(reference, "fp32", variant)
+
+        def measure(engine: str, precision: str, variant: str) -> dict[str, Any]:
+            mean, least = cosines(self.vectors(engine, precision, variant), wanted)
+            return {"mean": mean, "min": least, "reference": reference}
+
+        return self.each(engines, "quality", measure)
+
+    def all_start(self, engines: Sequence[str]) -> list[dict[str, Any]]:
+        return self.each(engines, "start", self.start)
+
+    def all_memory(self, engines: Sequence[str]) -> list[dict[str, Any]]:
+        return self.each(engines, "memory", lambda *setting: {"peak": self.memory(*setting)})
+
+
+def cache_of(root: Path, source: Path) -> Path:
+    """Return the folder of one model's prepared files: another model, or another version of it, has another."""
+    files = sorted(source.glob("*")) if source.is_dir() else [source]
+    known = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    digest = hashlib.sha256(json.dumps([str(source.resolve()), known]).encode()).hexdigest()[:16]
+    return root / digest
