@@ -11,9 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from kernels.cases import CASES
-
 from gristmill.bench import limits
+from kernels.cases import CASES
 
 ROWS = [(case, size) for case in CASES for size in case.bench]
 

@@ -21,7 +21,7 @@ SCRIPT = "import os; sys.argv = sys.argv[2:]; sys.path.insert(0, os.path.dirname
 SCRIPT += "runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
-def entry(label: str, script: str, engine: str, env: Mapping[str, str] = {}, extra: Sequence[float] = ()) -> Entry:  # noqa: B006
+def entry(label: str, script: str, engine: str, env: Mapping[str, str] = {}, extra: Sequence[float] = ()) -> Entry:
     """Name an engine of a file; `extra` follows the size of the contest."""
     ours = engine.startswith("gristmill")
     command = apart.command(sys.executable, ours, SCRIPT, str(FOLDER / f"{script}.py"), engine)

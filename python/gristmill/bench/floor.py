@@ -38,7 +38,7 @@ def work(sizes: Sizes, row: Row) -> dict[str, float]:
     products = 2.0 * tokens * sizes.layers * per_layer
     attention = 4.0 * tokens * row.length * sizes.width * sizes.layers
     times = BACKWARD if row.train else 1
-    amounts = {
+    amounts: dict[str, float] = {
         "exp": row.batch * sizes.heads * row.length**2 * sizes.layers,
         "gelu": tokens * sizes.hidden * sizes.layers,
         "norm": tokens * sizes.width * (2 * sizes.layers + 1),
@@ -46,7 +46,7 @@ def work(sizes: Sizes, row: Row) -> dict[str, float]:
     }
     for limit, amount in ((PRODUCTS[row.precision], products), (ATTENTION[row.precision], attention)):
         amounts[limit] = amounts.get(limit, 0) + times * amount
-    return {name: float(amount) for name, amount in amounts.items() if amount}
+    return {name: amount for name, amount in amounts.items() if amount}
 
 
 peak = cache(limits.peak)

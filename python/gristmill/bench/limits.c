@@ -92,7 +92,8 @@ __attribute__((target("avx512f,avx512bf16"))) float bf16_avx512(int64_t rounds) 
 }
 
 #define ROW 384
-/* The rounds of a function over one row in L1. What counts is the number of operations of a good implementation, not the value. */
+/* The rounds of a function over one row in L1. What counts is the number of operations of a good implementation, not the value.
+ */
 
 __attribute__((target("avx512f"), always_inline)) static inline __m512 polynomial(__m512 x, int degree) {
     __m512 y = _mm512_set1_ps(0.01f);
@@ -159,7 +160,8 @@ __attribute__((target("avx512f"))) void quantize_avx512(int64_t rounds, float *r
     for (int64_t r = 0; r < rounds; r++) {
         __m512 most[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
 #pragma GCC unroll 4
-        for (int i = 0; i < ROW; i += 16) most[i / 16 % 2] = _mm512_max_ps(most[i / 16 % 2], _mm512_abs_ps(_mm512_loadu_ps(row + i)));
+        for (int i = 0; i < ROW; i += 16)
+            most[i / 16 % 2] = _mm512_max_ps(most[i / 16 % 2], _mm512_abs_ps(_mm512_loadu_ps(row + i)));
         __m512 scale = _mm512_set1_ps(127.0f / (_mm512_reduce_max_ps(_mm512_max_ps(most[0], most[1])) + 1e-9f));
 #pragma GCC unroll 4
         for (int i = 0; i < ROW; i += 16) {

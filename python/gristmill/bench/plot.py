@@ -11,7 +11,16 @@ COLORS = {OURS: "#c0582b", "openvino": "#4a6fa5", "onnxruntime": "#7a9e7e", "ctr
 
 
 def plot(result: dict[str, Any], target: Path) -> None:
-    """Draw the speed of every engine in every row over that of the fastest rival, and the limit of the machine as a tick."""
+    """Write the chart of a run to a PNG file.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    draw(result).savefig(target, dpi=150, format="png")
+
+
+def draw(result: dict[str, Any]) -> Any:
+    """Return a figure of the speed of each engine in each row over that of the fastest rival, with the limit of the machine."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -41,4 +50,4 @@ def plot(result: dict[str, Any], target: Path) -> None:
     axes.set_xlabel("black line: the physical limit of this machine", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12, y=0.01)
-    figure.savefig(target, dpi=150, format="png")
+    return figure

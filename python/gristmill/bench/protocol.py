@@ -38,7 +38,7 @@ def die_with_parent() -> None:
 
 def measure(call: Call, seconds: float) -> float:
     """Return the median of as many calls as fit, one at least."""
-    times = []
+    times: list[float] = []
     end = time.perf_counter() + seconds
     while not times or time.perf_counter() < end:
         begin = time.perf_counter()

@@ -90,7 +90,7 @@ class Worker:
                 stream.close()
 
 
-def environment(threads: int, extra: Mapping[str, str] = {}) -> dict[str, str]:  # noqa: B006, never written
+def environment(threads: int, extra: Mapping[str, str] = {}) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in UNSET}
     return kept | dict.fromkeys(THREAD_VARIABLES, str(threads)) | dict(extra)
 

@@ -70,7 +70,11 @@ class Suite:
             wanted = {*engine.imports, *engine.prepares}
             job = {"do": "describe", "imports": sorted(wanted), "packages": engine.packages}
             python = self.python(name)
-            self.described[name] = found = self.ask(engine.label, command(python, name == OURS, job))
+            try:
+                self.described[name] = found = self.ask(engine.label, command(python, name == OURS, job))
+            except WorkerError as error:
+                self.missing[name] = f"{error}: {python} -m pip install numpy {' '.join(engine.packages)}"
+                continue
             absent = wanted - set(found["importable"])
             if name != OURS and absent:
                 reason = f"no module {', '.join(sorted(absent))}"

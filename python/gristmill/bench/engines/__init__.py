@@ -1,8 +1,8 @@
 """One file for each engine: how it prepares a published model in its best form, and how it runs it.
 
-A file is imported in a process of its own, by the interpreter that has the engine, and then imports nothing of Gristmill but this package.
-It has `prepare(source, cache, precisions)` and `load(cache, precision, threads, variant) -> run(inputs)`; both import the
-engine late.
+A file is imported in a process of its own, by the interpreter that has the engine, and then imports nothing of Gristmill but
+this package. It has `prepare(source, cache, precisions)` and `load(cache, precision, threads, variant) -> run(inputs)`; both
+import the engine late.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,8 +39,8 @@ ENGINES = {
         ("nncf", "onnx", "torch", "transformers"),
     ),
     "onnxruntime": Engine(
-        "ONNX Runtime", ("onnxruntime",), ("onnxruntime", "onnx", "torch", "transformers"), ("onnxruntime",), "import onnxruntime",
-        ("onnx", "torch", "transformers"),
+        "ONNX Runtime", ("onnxruntime",), ("onnxruntime", "onnx", "torch", "transformers"), ("onnxruntime",),
+        "import onnxruntime", ("onnx", "torch", "transformers"),
     ),
     "ctranslate2": Engine(
         "CTranslate2", ("ctranslate2",), ("ctranslate2", "torch", "transformers"), ("ctranslate2",), "import ctranslate2",

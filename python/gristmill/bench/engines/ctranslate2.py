@@ -1,5 +1,6 @@
 """CTranslate2: its own conversion of the encoder, quantised when it is loaded; pooling and normalisation in NumPy."""
 
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +11,13 @@ TYPES = {"fp32": "float32", "int8": "int8"}
 
 
 def prepare(source: Path, cache: Path, precisions: set[str]) -> None:
-    from ctranslate2.converters import TransformersConverter
-
     target = cache / "ctranslate2"
     if not (target / "model.bin").exists():
-        TransformersConverter(str(source)).convert(str(target), force=True)
+        import_module("ctranslate2.converters").TransformersConverter(str(source)).convert(str(target), force=True)
 
 
 def load(cache: Path, precision: str, threads: int, variant: str) -> Run:
-    import ctranslate2
-
+    ctranslate2 = import_module("ctranslate2")
     model = ctranslate2.Encoder(
         str(cache / "ctranslate2"), device="cpu", compute_type=TYPES[precision], inter_threads=1, intra_threads=threads
     )

@@ -2,7 +2,6 @@
 
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -40,15 +39,17 @@ def trainer(cache: Path, precision: str, threads: int, variant: str, inputs: Inp
     """Return one step: forward, mean squared error to fixed vectors, backward, AdamW, as `fit` does it."""
     import gristmill as gm
     from gristmill.autodiff import gradient_name, gradients
-    from gristmill.losses import LOSS, TARGET, attach
+    from gristmill.losses import LOSS, TARGET, attach, find
     from gristmill.ops import TensorType
+    from gristmill.training.fitting import trainable_names
     from gristmill.training.spec import describe
 
     model = gm.load(cache / "gristmill-fp32.safetensors")
-    spec, arrays = describe({name: tensor.numpy() for name, tensor in model.tensors.items() if trains(tensor)})
+    spec, arrays = describe({name: model.tensors[name].trainable for name in trainable_names(model, find("mse"), None)})
     params, slopes = np.zeros(spec.size, np.float32), np.zeros(spec.size, np.float32)
     spec.write(arrays, params)
-    target = np.random.default_rng(0).standard_normal((len(inputs["input_ids"]), model.types[model.outputs[0]].shape[-1]))
+    width = int(model.types[model.outputs[0]].shape[-1])
+    target = np.random.default_rng(0).standard_normal((len(inputs["input_ids"]), width))
     feed = {**inputs, TARGET: (target / np.linalg.norm(target, axis=1, keepdims=True)).astype(np.float32)}
     training = gradients(attach(model, "mse"), LOSS, arrays)
     session = gm.Session(training, threads=threads, precision=SESSION[precision], trainable=spec.views(params))
@@ -62,8 +63,3 @@ def trainer(cache: Path, precision: str, threads: int, variant: str, inputs: Inp
         optimizer.update(params, slopes, state, next(steps), threads=threads)
 
     return step
-
-
-def trains(tensor: Any) -> bool:
-    """Whether a tensor is a parameter: constants of the graph are whole numbers or single ones."""
-    return bool(tensor.dtype == np.float32 and np.prod(tensor.shape) > 1)

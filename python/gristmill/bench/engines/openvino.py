@@ -1,8 +1,10 @@
-"""OpenVINO: the export in fp32, in bf16 by its hint of precision, and int8 by nncf with a transformer's smoothing and calibration.
+"""OpenVINO: the export in fp32, in bf16 by its hint of precision, and in int8 by nncf, calibrated.
 
-Variants: "latency" runs one batch at a time; "streams" runs one batch a thread at the same time; "-bf16" runs in bf16 what int8 leaves.
+Variants: "latency" runs one batch at a time; "streams" runs one batch a thread at the same time; "-bf16" runs in bf16 what int8
+leaves. Tried and slower or level: nncf's preset PERFORMANCE, an export with `sdpa`, conversion of the PyTorch module itself.
 """
 
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +17,13 @@ STREAMS = "streams"
 
 
 def prepare(source: Path, cache: Path, precisions: set[str]) -> None:
-    import openvino
-
+    openvino = import_module("openvino")
     plain = cache / "openvino-fp32.xml"
     if not plain.exists():
         openvino.save_model(openvino.convert_model(exported(source, cache)), plain, compress_to_fp16=False)
     target = cache / "openvino-int8.xml"
     if "int8" in precisions and not target.exists():
-        import nncf
-
+        nncf = import_module("nncf")
         samples = calibration(cache)
         model = nncf.quantize(
             openvino.Core().read_model(plain), nncf.Dataset(samples), preset=nncf.QuantizationPreset.MIXED,
@@ -33,8 +33,7 @@ def prepare(source: Path, cache: Path, precisions: set[str]) -> None:
 
 
 def load(cache: Path, precision: str, threads: int, variant: str) -> Run:
-    import openvino
-
+    openvino = import_module("openvino")
     streams = threads if STREAMS in variant else 1
     settings = {
         "PERFORMANCE_HINT": "THROUGHPUT" if streams > 1 else "LATENCY",
