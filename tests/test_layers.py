@@ -84,6 +84,6 @@ def test_kernels_know_neither_python_nor_threads():
     for path in SOURCES.glob("*/*.c"):
         text = path.read_text()
         assert not re.search(r"#include\s*[<\"](omp|Python)\.h", text), path
-        if path.stem in ("scalar", "avx2", "avx512", "avx512vnni"):
+        if path.stem in ("scalar", "avx2", "avx512", "avx512vnni", "avx512bf16"):
             assert not re.search(r"\b(malloc|calloc|realloc|printf|exit|abort)\s*\(", text), path
             assert "parallel.h" not in text, path

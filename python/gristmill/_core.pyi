@@ -98,6 +98,69 @@ def adam_step(
 ) -> None:
     """Adam (decoupled=False: decay added to the gradient) or AdamW (decoupled=True); `step` counts from 1, as torch does."""
 
+# ---- attention: softmax(scale q k^T) v for each of `heads` heads that lie side by side in the columns, float32 ----
+
+def attention_scratch(keys: int, width: int, threads: int, grad: bool = False) -> int:
+    """Bytes of scratch for at most `keys` keys in a sequence, of heads of `width`; with less, attention runs on fewer threads."""
+
+def masked_attention(
+    program: Program,
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    heads: int,
+    scale: float,
+    out: Array,
+    scratch: Array,
+) -> None:
+    """q, out [B,L,C], k, v [B,S,C], mask [B,S] int64 or bool: keys whose mask is 0 do not count, unless that leaves none."""
+
+def masked_attention_grad(
+    program: Program,
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    heads: int,
+    scale: float,
+    dq: Array,
+    dk: Array,
+    dv: Array,
+    scratch: Array,
+) -> None: ...
+def packed_attention(
+    program: Program,
+    q: Array,
+    k: Array,
+    v: Array,
+    offsets: Array,
+    heads: int,
+    scale: float,
+    out: Array,
+    scratch: Array,
+) -> None:
+    """q, k, v, out [M,C]: rows offsets[s] to offsets[s + 1] (int64) attend to each other, other rows of out are 0.
+
+    Offsets are read at every run; each is taken as no less than the one before and as within [0, M].
+    """
+
+def packed_attention_grad(
+    program: Program,
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    offsets: Array,
+    heads: int,
+    scale: float,
+    dq: Array,
+    dk: Array,
+    dv: Array,
+    scratch: Array,
+) -> None: ...
+
 # ---- dense: float32 matrix products ----
 
 class PackedDense:

@@ -297,6 +297,7 @@ def has_threads():
 
 
 include "aggregate/aggregate.pxi"
+include "attention/attention.pxi"
 include "dense/dense.pxi"
 include "nn/nn.pxi"
 include "quant/quant.pxi"

@@ -16,7 +16,7 @@ static unsigned long long read_xcr0(void) {
 static int has(unsigned word, unsigned bits) { return (word & bits) == bits; }
 
 unsigned fc_cpu_flags(void) {
-    unsigned a, b, d, leaf1_c, leaf7_b, leaf7_c, extended_c, flags = 0;
+    unsigned a, b, c, d, leaf1_c, leaf7_b, leaf7_c, leaf7_1_a, extended_c, flags = 0;
     if (!__get_cpuid(1, &a, &b, &leaf1_c, &d) || !has(leaf1_c, 1u << 27 | 1u << 28)) /* OSXSAVE, AVX */
         return 0;
     if (!__get_cpuid_count(7, 0, &a, &leaf7_b, &leaf7_c, &d)) return 0;
@@ -32,6 +32,8 @@ unsigned fc_cpu_flags(void) {
     if ((xcr0 & XCR0_ZMM) != XCR0_ZMM || !has(leaf7_b, 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31)) return flags;
     flags |= FC_CPU_AVX512;
     if (has(leaf7_c, 1u << 11)) flags |= FC_CPU_AVX512VNNI;
+    /* leaf 7 subleaf 1 eax: BF16 5; a CPU without that subleaf answers with zeros */
+    if (__get_cpuid_count(7, 1, &leaf7_1_a, &b, &c, &d) && has(leaf7_1_a, 1u << 5)) flags |= FC_CPU_AVX512BF16;
     return flags;
 }
 #else

@@ -6,30 +6,35 @@
 typedef void install_fn(fc_table *table);
 
 typedef struct tier {
+    const char *isa;         /* the suffix of its kernels */
     const char *cap;         /* the value of GRISTMILL_ISA that still admits it */
     const char *needs;       /* what to say when the CPU lacks it */
     unsigned flags;          /* CPU flags it needs */
-    install_fn *installs[5]; /* aggregate, dense, nn, quant, sparse; NULL where a family has no variant */
+    install_fn *installs[6]; /* aggregate, attention, dense, nn, quant, sparse; NULL where a family has no variant */
 } tier;
 
 #ifdef FC_X86
 #define X86_TIER(isa)                                                                                                            \
-    {fc_aggregate_install_##isa, fc_dense_install_##isa, fc_nn_install_##isa, fc_quant_install_##isa, fc_sparse_install_##isa}
+    {fc_aggregate_install_##isa, fc_attention_install_##isa, fc_dense_install_##isa,                                             \
+     fc_nn_install_##isa,        fc_quant_install_##isa,     fc_sparse_install_##isa}
 #endif
 
 static const tier tiers[] = {
     {"scalar",
+     "scalar",
      "",
      0,
-     {fc_aggregate_install_scalar, fc_dense_install_scalar, fc_nn_install_scalar, fc_quant_install_scalar,
-      fc_sparse_install_scalar}},
+     {fc_aggregate_install_scalar, fc_attention_install_scalar, fc_dense_install_scalar, fc_nn_install_scalar,
+      fc_quant_install_scalar, fc_sparse_install_scalar}},
 #ifdef FC_X86
-    {"avx2", "AVX2 and FMA", FC_CPU_AVX2, X86_TIER(avx2)},
-    {"avx512", "AVX-512 F/BW/DQ/VL", FC_CPU_AVX512, X86_TIER(avx512)},
-    {"avx512",
+    {"avx2", "avx2", "AVX2 and FMA", FC_CPU_AVX2, X86_TIER(avx2)},
+    {"avx512", "avx512", "AVX-512 F/BW/DQ/VL", FC_CPU_AVX512, X86_TIER(avx512)},
+    {"avx512vnni",
+     "avx512",
      "AVX-512 VNNI",
      FC_CPU_AVX512 | FC_CPU_AVX512VNNI,
-     {NULL, NULL, NULL, fc_quant_install_avx512vnni, fc_sparse_install_avx512vnni}},
+     {NULL, NULL, NULL, NULL, fc_quant_install_avx512vnni, fc_sparse_install_avx512vnni}},
+    {"avx512bf16", "avx512", "AVX-512 BF16", FC_CPU_AVX512 | FC_CPU_AVX512BF16, {NULL}},
 #endif
 };
 enum { TIERS = sizeof tiers / sizeof *tiers };
@@ -49,7 +54,7 @@ static int level_of(const char *cap) {
 }
 
 static void install(fc_table *table, const tier *t) {
-    for (int i = 0; i < 5; i++)
+    for (int i = 0; i < 6; i++)
         if (t->installs[i]) t->installs[i](table);
 }
 
@@ -80,9 +85,7 @@ int fc_slot_count(void) { return (int)(sizeof slot_names / sizeof *slot_names); 
 static const char *reason_against(const char *best) {
     for (int i = TIERS - 1; i >= 0; i--) {
         const int capped = level_of(tiers[i].cap) > cap_level;
-        const int is_best =
-            strcmp(best, "avx512vnni") == 0 ? (tiers[i].flags & FC_CPU_AVX512VNNI) != 0 : strcmp(best, tiers[i].cap) == 0;
-        if (!is_best) continue;
+        if (strcmp(best, tiers[i].isa) != 0) continue;
         if (capped) return "capped by GRISTMILL_ISA or set_isa";
         if ((cpu_flags & tiers[i].flags) != tiers[i].flags) return tiers[i].needs;
     }

@@ -12,6 +12,7 @@
 #include <stdint.h>
 
 #include "aggregate/aggregate.h"
+#include "attention/attention.h"
 #include "cpu.h"
 #include "dense/dense.h"
 #include "nn/nn.h"
@@ -21,7 +22,13 @@
 
 /* ---- dispatch: one table, one place ---- */
 
-#define FC_SLOTS(SLOT) FC_AGGREGATE_SLOTS(SLOT) FC_DENSE_SLOTS(SLOT) FC_NN_SLOTS(SLOT) FC_QUANT_SLOTS(SLOT) FC_SPARSE_SLOTS(SLOT)
+#define FC_SLOTS(SLOT)                                                                                                           \
+    FC_AGGREGATE_SLOTS(SLOT)                                                                                                     \
+    FC_ATTENTION_SLOTS(SLOT)                                                                                                     \
+    FC_DENSE_SLOTS(SLOT)                                                                                                         \
+    FC_NN_SLOTS(SLOT)                                                                                                            \
+    FC_QUANT_SLOTS(SLOT)                                                                                                         \
+    FC_SPARSE_SLOTS(SLOT)
 
 typedef struct fc_table {
 #define FC_DECLARE_SLOT(name) fc_##name##_fn *name;

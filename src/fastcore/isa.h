@@ -14,7 +14,7 @@
 #define FC_HIDDEN
 #endif
 
-#if defined(__x86_64__) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 9))
+#if defined(__x86_64__) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 10))
 #define FC_X86 1
 #include <immintrin.h>
 #define FC_PRAGMA(text) _Pragma(#text)
@@ -34,6 +34,7 @@
 #define FC_AVX512_FEATURES "avx2,fma,f16c,bmi2,popcnt,lzcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512cd"
 #define FC_TARGET_AVX512 FC_TARGET(FC_AVX512_FEATURES FC_WIDE)
 #define FC_TARGET_AVX512VNNI FC_TARGET(FC_AVX512_FEATURES ",avx512vnni" FC_WIDE)
+#define FC_TARGET_AVX512BF16 FC_TARGET(FC_AVX512_FEATURES ",avx512bf16" FC_WIDE)
 #endif
 
 #endif

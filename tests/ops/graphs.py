@@ -73,6 +73,18 @@ def linear(name: str, weight: Tensor, m: int = 5) -> Graph:
     return Graph(name, Node("Linear", ("x", "w", "b"), ("y",), domain=OWN), tensors, ("x", "w", "b"))
 
 
+MASK = np.array([[1, 0, 1], [0, 0, 0]], np.int64)  # the second text has no key: its gradients reach v alone
+
+
+def attention(name: str, rows: int, keys: int, mask: np.ndarray | None = MASK, **attributes) -> Graph:
+    """Two texts, two heads of width 5."""
+    tensors: dict[str, Tensor] = {"q": draw(2, rows, 10), "k": draw(2, keys, 10, seed=1), "v": draw(2, keys, 10, seed=2)}
+    constants: dict[str, Tensor] = {} if mask is None else {"mask": Dense(mask)}
+    inputs = ("q", "k", "v", *constants)
+    node = Node("MaskedAttention", inputs, ("y",), {"heads": 2, **attributes}, OWN)
+    return Graph(name, node, tensors, ("q", "k", "v"), constants=constants)
+
+
 LABELS = Dense(np.array([0, 3, 2, 1, 3], np.int64))
 NORM = {"epsilon": 1e-5}
 
@@ -98,6 +110,15 @@ GRAPHS = [
         {"x": draw(5, 17), "g": draw(17), "b": draw(17, seed=1)}, ("x", "g", "b"),
     ),
     Graph("softmax", Node("Softmax", ("x",), ("y",)), {"x": draw(5, 7)}, ("x",)),
+    attention("attention", 3, 3),
+    attention("attention-cross", 5, 2, mask=None),
+    attention("attention-long", 7, 61, mask=np.arange(122).reshape(2, 61) % 61 < 40, scale=0.5),
+    Graph(
+        "attention-packed",
+        Node("PackedAttention", ("q", "k", "v", "offsets"), ("y",), {"heads": 2}, OWN),
+        {"q": draw(9, 10), "k": draw(9, 10, seed=1), "v": draw(9, 10, seed=2)}, ("q", "k", "v"),
+        constants={"offsets": Dense(np.array([0, 3, 3, 4, 8], np.int64))},
+    ),
     Graph(
         "cross-entropy", Node("SoftmaxCrossEntropyLoss", ("x", "labels"), ("loss",)), {"x": draw(5, 4)}, ("x",),
         scalar=True, constants={"labels": LABELS},

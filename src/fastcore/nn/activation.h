@@ -86,14 +86,37 @@ FC_INLINE float fc_normal_cdf(float x, float *bell) {
     return x < 0.0f ? tail : 1.0f - tail;
 }
 
+/* x Phi(x), with (Phi(x) - 1/2) / x as a polynomial in t = 2 (x / 5.25)^2 - 1: neither exp nor division, for the inner loops of
+ * inference. The error is at most 2.5e-7 max(1, |x|); below -5.25, where Phi is 7.6e-8, the result is 0. */
+FC_INLINE float fc_gelu(float x) {
+    const float end = 5.25f, square = x * x;
+    const float t = fc_fma(square < end * end ? square : end * end, 2 / (end * end), -1.0f);
+    float p = -5.3686410e-4f;
+    p = fc_fma(p, t, 1.4344503e-3f);
+    p = fc_fma(p, t, -1.3884285e-3f);
+    p = fc_fma(p, t, 1.9252854e-3f);
+    p = fc_fma(p, t, -5.0601475e-3f);
+    p = fc_fma(p, t, 9.0183346e-3f);
+    p = fc_fma(p, t, -1.2981067e-2f);
+    p = fc_fma(p, t, 1.8347990e-2f);
+    p = fc_fma(p, t, -2.4989435e-2f);
+    p = fc_fma(p, t, 3.2060143e-2f);
+    p = fc_fma(p, t, -3.9769083e-2f);
+    p = fc_fma(p, t, 4.9644172e-2f);
+    p = fc_fma(p, t, -6.7126639e-2f);
+    p = fc_fma(p, t, 1.3465936e-1f);
+    const float below = x < end ? x : end;
+    const float cdf = fc_fma(below, p, 0.5f);
+    return x * (x > -end ? cdf : 0.0f);
+}
+
 /* 2 sqrt(2/pi) (x + 0.044715 x^3): gelu_tanh(x) = x sigmoid(this). */
 FC_INLINE float fc_gelu_tanh_argument(float x) { return 1.59576912f * fc_fma(0.044715f * x * x, x, x); }
 
 FC_INLINE float fc_activate(fc_activation kind, float x) {
-    float bell;
     switch (kind) {
     case FC_RELU: return x < 0.0f ? 0.0f : x; /* NaN passes */
-    case FC_GELU: return x * fc_normal_cdf(x, &bell);
+    case FC_GELU: return fc_gelu(x);
     case FC_GELU_TANH: return x / (1.0f + fc_exp(-fc_gelu_tanh_argument(x)));
     case FC_TANH: return fc_tanh(x);
     case FC_SIGMOID: return fc_sigmoid(x);

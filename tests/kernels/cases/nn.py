@@ -87,7 +87,7 @@ ACTIVATIONS = {
     "gelu": (
         lambda x: x * normal_cdf(x),
         lambda x: normal_cdf(x) + x * normal_density(x),
-        lambda x: 16 + x * x,
+        lambda x: 2,
         lambda x: 8 + (16 + x * x) * (normal_cdf(x) + np.abs(x) * normal_density(x)),
     ),
     "gelu_tanh": (
@@ -101,6 +101,9 @@ ACTIVATIONS = {
     "silu": (lambda x: x * sigmoid(x), silu_derivative, lambda x: 6, lambda x: 16),
     None: (lambda x: x, np.ones_like, lambda x: 0, lambda x: 0),
 }
+
+
+ABSOLUTE = {"gelu": lambda x: 2.5e-7 * np.maximum(1, np.abs(x))}  # errors of values that relative ones do not bound
 
 
 def activation_inputs(rng, size):
@@ -121,7 +124,8 @@ def activate_case(kind):
     def bound(inputs, wanted):
         with np.errstate(all="ignore"):
             x = inputs["x"].astype(np.float64)
-            return {"out": np.abs(wanted["out"]) * EPS * error(x) + (np.abs(x) + 1) * 2 * TINY}
+            absolute = ABSOLUTE.get(kind, np.zeros_like)(x)
+            return {"out": np.abs(wanted["out"]) * EPS * error(x) + (np.abs(x) + 1) * 2 * TINY + absolute}
 
     return Case(
         f"activate-{kind}",
