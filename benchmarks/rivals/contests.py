@@ -1,12 +1,10 @@
 """Contests between the engines of this folder's files, run by `gristmill.bench.race` and shown as Markdown."""
 
 import argparse
-import fcntl
 import json
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -46,30 +44,21 @@ def table(result: Mapping[str, object]) -> str:
     return "\n".join([*lines, *[f"\n{label}: {reason}" for label, reason in result["failed"].items()]])
 
 
-@contextmanager
-def locked(path: str | None):
-    if path is None:
-        yield
-        return
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def main(description: str, contests: Iterable[Contest], name: str) -> None:
     """Run contests, print a table after each, and write everything to results/<name>.json."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--only", default="", help="run the contests whose title contains this")
     parser.add_argument("--threads", type=int, help="run the contests of this thread count")
-    parser.add_argument("--lock", help="a file to hold locked during each contest, where the machine is shared")
+    parser.add_argument(
+        "--lock", action="append", default=[], help="a file to hold locked during each contest, where the machine is shared"
+    )
     arguments = parser.parse_args()
     target = RESULTS / f"{name}.json"
     done = json.loads(target.read_text()) if target.exists() else []
     for each in contests:
         if arguments.only not in each.title or arguments.threads not in (None, each.threads):
             continue
-        with locked(arguments.lock):
-            result = {**race(each), "machine": machine(PACKAGES), "date": time.strftime("%Y-%m-%d")}
+        result = {**race(each, locks=arguments.lock), "machine": machine(PACKAGES), "date": time.strftime("%Y-%m-%d")}
         print(table(result), end="\n\n", flush=True)
         RESULTS.mkdir(exist_ok=True)
         key = (result["title"], result["threads"])

@@ -1,5 +1,6 @@
 """`gristmill bench`, as far as it needs no rival: the race, the arithmetic, the tables, the chart and the file."""
 
+import fcntl
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from gristmill.bench import apart, inputs, terminal
 from gristmill.bench.engines import ENGINES, OURS, Engine
 from gristmill.bench.floor import Sizes, work
 from gristmill.bench.race import Contest, Entry, race, ratios
-from gristmill.bench.report import FORMAT, cosines, figures, line
+from gristmill.bench.report import FORMAT, checks, cosines, figures, line
 from gristmill.bench.rows import QUICK, ROWS, contenders, scaled
 from gristmill.bench.suite import Suite, cache_of
 from gristmill.cli import app
@@ -96,6 +97,42 @@ def test_without_any_figure_a_row_is_empty():
     assert (empty.figures, empty.ours, empty.rival, empty.ratio, empty.share) == ((), None, None, None, None)
 
 
+def test_what_is_asked_beside_speed(result):
+    result["start"] = [
+        {"engine": engine, "precision": "fp32", "variant": "", "imported": seconds, "first": 0.1}
+        for engine, seconds in ((OURS, 0.2), ("onnxruntime", 0.1))
+    ]
+    found = {check.title: (check.reached, check.shown(check.ours), check.shown(check.bound)) for check in checks(result)}
+    assert found == {
+        "int8: mean cosine to fp32": (True, "0.9990", "0.9980"),
+        "int8: least cosine to fp32": (True, "0.9900", "0.9900"),
+        "fp32: import, as ONNX Runtime": (False, "0.2000 s", "0.1000 s"),
+        "fp32: load + first answer, as ONNX Runtime": (True, "0.1000 s", "0.1000 s"),
+    }
+
+
+def test_our_own_size_is_that_of_the_package(tmp_path):
+    suite = Suite(tmp_path, tmp_path, engines=(OURS,))
+    assert suite.find() == [OURS]
+    assert suite.described[OURS]["sizes"][OURS] > 1 << 20
+
+
+def test_a_lock_is_held_during_the_turns_and_free_afterwards(tmp_path):
+    lock = tmp_path / "lock"
+    held = []
+
+    def look(text):
+        if "round" in text:
+            with open(lock) as file, pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.append(text)
+
+    race(Contest("naps", 1, (sleeper("a", 0.001),), rounds=2, seconds=0.01), look, [lock])
+    assert len(held) == 2
+    with open(lock) as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def test_cosines():
     a = np.array([[1.0, 0.0], [0.0, 2.0]])
     assert cosines(a, np.array([[3.0, 0.0], [1.0, 1.0]])) == pytest.approx(((1 + 0.5**0.5) / 2, 0.5**0.5))
@@ -153,7 +190,7 @@ def test_a_race_gives_every_engine_its_rounds():
     assert {label: len(times) for label, times in result["rounds"].items()} == {"a": 3, "b": 3}
     assert all(time > 0.001 for times in result["rounds"].values() for time in times)
     assert result["failed"] == {}
-    assert "b, round 3 of 3" in said
+    assert "naps: b, round 3 of 3" in said
 
 
 def test_an_engine_that_fails_is_named_and_the_others_go_on():
@@ -168,7 +205,7 @@ def test_a_rivals_process_does_not_load_ours():
         "import gristmill.bench.race, gristmill.bench.worker; print([name for name in sys.modules if 'gristmill._core' in name])"
     )
     done = subprocess.run(apart.command(sys.executable, False, code), capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "False"
 
 
 RUNNER = """
@@ -237,7 +274,7 @@ def test_the_file_has_the_whole_schema(monkeypatch, tmp_path):
 
 
 def test_tables_and_bars_show_every_row(result):
-    text = shown(terminal.main_table(result), *terminal.bars(result), *terminal.other_tables(result))
+    text = shown(*terminal.everything(result))
     for wanted in (
         "int8, 32 x 128, 2 threads",
         "320 /s",

@@ -4,13 +4,16 @@ All others are stopped by SIGSTOP meanwhile, so that no idle pool spins on the c
 round and the median of the rounds is quoted: what drifts over minutes (clock, neighbours) meets all engines alike.
 """
 
+import fcntl
 import os
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import IO, Any, cast
 
@@ -95,14 +98,26 @@ def environment(threads: int, extra: Mapping[str, str] = {}) -> dict[str, str]:
     return kept | dict.fromkeys(THREAD_VARIABLES, str(threads)) | dict(extra)
 
 
-def race(contest: Contest, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Run one contest and return what was measured: for each label the figure of every round, or why it failed."""
+@contextmanager
+def locked(paths: Sequence[str | Path]) -> Iterator[None]:
+    """Hold files locked, where others who share the machine agree to wait for them."""
+    with ExitStack() as stack:
+        for path in paths:
+            fcntl.flock(stack.enter_context(open(path, "w")), fcntl.LOCK_EX)
+        yield
+
+
+def race(contest: Contest, progress: Callable[[str], None] = lambda _: None, locks: Sequence[str | Path] = ()) -> dict[str, Any]:
+    """Run one contest and return what was measured: for each label the figure of every round, or why it failed.
+
+    `locks` are held while engines have their turns, not while they start.
+    """
     workers: list[Worker] = []
     times: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
     try:
         for entry in contest.entries:  # one after the other: each warms up on an idle machine
-            progress(f"{entry.label} starts")
+            progress(f"{contest.title}: {entry.label} starts")
             command = (*entry.command, *contest.arguments, *entry.extra)
             worker = Worker(entry.label, command, contest.threads, entry.env)
             workers.append(worker)
@@ -111,12 +126,13 @@ def race(contest: Contest, progress: Callable[[str], None] = lambda _: None) -> 
                 times[entry.label] = []
             except WorkerError as error:
                 failed[entry.label] = str(error)
-        for turn in range(contest.rounds):
-            for worker in workers:
-                if worker.label in times:
-                    progress(f"{worker.label}, round {turn + 1} of {contest.rounds}")
-                    times[worker.label].append(worker.turn(contest.seconds))
-                    time.sleep(PAUSE)
+        with locked(locks):
+            for turn in range(contest.rounds):
+                for worker in workers:
+                    if worker.label in times:
+                        progress(f"{contest.title}: {worker.label}, round {turn + 1} of {contest.rounds}")
+                        times[worker.label].append(worker.turn(contest.seconds))
+                        time.sleep(PAUSE)
     finally:
         for worker in workers:
             worker.close()

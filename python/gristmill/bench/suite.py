@@ -41,6 +41,7 @@ class Suite:
     seconds: float = 0.15
     progress: Callable[[str], None] = lambda _: None
     name: str = ""
+    locks: Sequence[Path] = ()
     engines: Sequence[str] = tuple(ENGINES)
     missing: dict[str, str] = field(default_factory=dict)
     described: dict[str, Any] = field(default_factory=dict)
@@ -110,7 +111,7 @@ class Suite:
                 line = self.job(name, "train" if row.train else "timed", **job)
                 entries.append(Entry(f"{name} {variant}".strip(), line))
         contest = Contest(row.title, row.threads, tuple(entries), rounds=self.rounds, seconds=self.seconds)
-        return race(contest, self.progress)
+        return race(contest, self.progress, self.locks)
 
     def vectors(self, engine: str, precision: str, variant: str = "") -> np.ndarray:
         """Return the vectors of all sentences."""

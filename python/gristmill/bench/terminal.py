@@ -8,11 +8,23 @@ from rich.console import RenderableType
 from rich.table import Column, Table
 
 from gristmill.bench.engines import ENGINES, OURS
-from gristmill.bench.report import line
+from gristmill.bench.report import MIB, checks, installed, line
 
 ABSENT = "-"
 LABEL_WIDTH, BAR_WIDTH = 13, 60
-MIB = 1 << 20
+
+
+def everything(result: dict[str, Any]) -> Iterator[RenderableType]:
+    """Yield all that there is to show."""
+    if result["rows"]:
+        yield main_table(result)
+        yield from bars(result)
+    yield from other_tables(result)
+    table = Table("also asked", "Gristmill", "at most or least", "")
+    for check in checks(result):
+        table.add_row(check.title, check.shown(check.ours), check.shown(check.bound), "reached" if check.reached else "missed")
+    if table.row_count:
+        yield table
 
 
 def main_table(result: dict[str, Any]) -> Table:
@@ -63,7 +75,7 @@ def other_tables(result: dict[str, Any]) -> Iterator[Table]:
         yield table
     table = Table("engine", "version", "installed, without NumPy")
     for name, engine in result["engines"].items():
-        size = sum(bytes for package, bytes in engine["sizes"].items() if package in ENGINES[name].size)
+        size = installed(result, name)
         version = engine["versions"].get(ENGINES[name].size[0], ABSENT)
         table.add_row(engine["label"], version, f"{size / MIB:.1f} MiB" if size else ABSENT)
     yield table

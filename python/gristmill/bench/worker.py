@@ -102,13 +102,18 @@ def describe(engine: Any, job: dict[str, Any]) -> None:
     sizes, versions = {}, {}
     for name in job["packages"]:
         try:
-            found = distribution(name)
+            found = distribution(name.partition("[")[0])
         except PackageNotFoundError:
             continue
         versions[name] = found.version
-        paths = [found.locate_file(each) for each in found.files or ()]
-        sizes[name] = sum(Path(str(each)).stat().st_size for each in paths if Path(str(each)).is_file())
+        sizes[name] = size([Path(str(found.locate_file(each))) for each in found.files or ()])
+    if "gristmill" in job["imports"]:  # it may run from its sources, or from a link to them
+        sizes["gristmill"] = size(list(apart.PACKAGE.rglob("*")))
     answer(importable=[name for name in job["imports"] if find_spec(name)], sizes=sizes, versions=versions)
+
+
+def size(files: list[Path]) -> int:
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 JOBS = {each.__name__: each for each in (prepare, timed, quality, start, memory, train, describe)}

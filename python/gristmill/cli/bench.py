@@ -26,6 +26,9 @@ def bench(
         str, typer.Option(help="The interpreter that has the rivals, if it is not this one.", show_default=False)
     ] = sys.executable,
     cache: Annotated[Path, typer.Option(help="Where converted models are kept.")] = CACHE,
+    lock: Annotated[
+        list[Path] | None, typer.Option(help="Hold this file locked while engines are timed; can be repeated.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write every figure to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the rows into this PNG file (extra: bench).")] = None,
 ) -> None:
@@ -49,12 +52,12 @@ def bench(
     with notes().status("starting") as status:
         suite = Suite(
             source.absolute(), cache_of(cache.expanduser(), source), rivals_python, rounds=min(rounds, 3) if quick else rounds,
-            progress=status.update, name=model.name if model else "all-MiniLM-L6-v2",
+            progress=status.update, locks=lock or (), name=model.name if model else "all-MiniLM-L6-v2",
         )  # fmt: skip
         result = suite.run(chosen, [part for part in PARTS if part in parts])
     for line in terminal.remarks(result):
         notes().print(line)
-    for table in (terminal.main_table(result), *terminal.bars(result), *terminal.other_tables(result)):
+    for table in terminal.everything(result):
         output().print(table)
     if json:
         json.write_text(encoder.dumps(result, indent=1) + "\n")
