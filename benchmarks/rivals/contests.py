@@ -49,9 +49,7 @@ def main(description: str, contests: Iterable[Contest], name: str) -> None:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--only", default="", help="run the contests whose title contains this")
     parser.add_argument("--threads", type=int, help="run the contests of this thread count")
-    parser.add_argument(
-        "--lock", action="append", default=[], help="a file to hold locked during each contest, where the machine is shared"
-    )
+    parser.add_argument("--lock", action="append", default=[], help="a file to hold locked during each contest")
     arguments = parser.parse_args()
     target = RESULTS / f"{name}.json"
     done = json.loads(target.read_text()) if target.exists() else []

@@ -15,6 +15,7 @@ YARDSTICK = "onnxruntime"  # what we must not be heavier or slower to start than
 QUALITY = (0.998, 0.990)  # mean and least cosine of int8 to fp32
 SIZE_SHARE = 0.2
 MIB = 1 << 20
+BOUNDED = (("imported", "import", "s"), ("first", "load + first answer", "s"), ("peak", "peak memory", "MiB"))
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,7 @@ def checks(result: Mapping[str, Any]) -> Iterator[Check]:
         yield Check("int8: least cosine to fp32", small["min"], QUALITY[1], "", higher=True)
     for precision in ("fp32", "int8"):
         ours, theirs = settings.get((OURS, precision), {}), settings.get((YARDSTICK, precision), {})
-        for name, title, unit in (
-            ("imported", "import", "s"),
-            ("first", "load + first answer", "s"),
-            ("peak", "peak memory", "MiB"),
-        ):
+        for name, title, unit in BOUNDED:
             if name in ours and name in theirs:
                 yield Check(f"{precision}: {title}, as ONNX Runtime", ours[name], theirs[name], unit)
     own, their = installed(result, OURS), installed(result, YARDSTICK)
