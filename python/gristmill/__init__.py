@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from gristmill.runtime.kernels import kernels
     from gristmill.runtime.session import Session
     from gristmill.serving import serve
+    from gristmill.text import embed
     from gristmill.training import Until, fit, fit_gradient
 
 __version__ = "0.1.0"
@@ -59,6 +60,7 @@ _HOMES = {
     "Session": "runtime.session",
     "Until": "training",
     "compress": "compression",
+    "embed": "text",
     "evaluate": "metrics",
     "fit": "training",
     "fit_gradient": "training",
@@ -70,7 +72,7 @@ _HOMES = {
 
 __all__ = [
     "Adam", "AdamW", "Clip", "Distill", "EdgeTrainer", "Model", "Momentum", "Prune", "Quantize", "SGD", "Session", "Until",
-    "__version__", "compress", "evaluate", "fit", "fit_gradient", "kernels", "load", "save", "serve", "zoo",
+    "__version__", "compress", "embed", "evaluate", "fit", "fit_gradient", "kernels", "load", "save", "serve", "zoo",
 ]  # fmt: skip
 
 

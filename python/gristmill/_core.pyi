@@ -344,3 +344,31 @@ def sparse_linear_int8(
 
     codes: uint8, flat, of [K / 4][M rounded up to 16][4]: q + 128, padded with 128; K < 131072.
     """
+
+# ---- text: rows of tables by index, one vector for each sequence; float32 ----
+
+def gather(program: Program, data: Array, indices: Array, out: Array) -> None:
+    """out[O,C,N] = data[O,P,N] by C indices (int64 or int32, any shape); a row of NaN stands for one outside of [-P, P)."""
+
+def gather_grad(program: Program, dy: Array, indices: Array, grad: Array) -> None:
+    """grad[O,P,N] = sums of the rows of dy[O,C,N] where their indices lead; nothing is added for one outside."""
+
+def lookups(program: Program, out: Array, *pairs: Array) -> None:
+    """out[C,N] = the sum of rows of 1 to 4 tables[P,N] by C indices each: table, indices, table, indices, ..."""
+
+def masked_pool(program: Program, mode: str, x: Array, mask: Array, out: Array) -> None:
+    """out[B,N] from x[B,S,N] and mask[B,S], int64 or bool; mode "mean", "sqrt", "weighted", "max" or "first"."""
+
+def masked_pool_grad(program: Program, mode: str, dy: Array, x: Array, mask: Array, dx: Array) -> None: ...
+def packed_pool(program: Program, mode: str, x: Array, offsets: Array, out: Array) -> None:
+    """out[B,N] from x[R,N] whose sequences begin and end at offsets int64 [B+1]."""
+
+def packed_pool_grad(program: Program, mode: str, dy: Array, x: Array, offsets: Array, dx: Array) -> None: ...
+def normalize(program: Program, x: Array, out: Array) -> None:
+    """out = x / norm along rows; rows of zeros stay zeros; out may be x."""
+
+def normalize_grad(program: Program, dy: Array, x: Array, dx: Array) -> None: ...
+def cosine(program: Program, x: Array, target: Array, loss: Array) -> None:
+    """loss[()] = the mean over M of 1 - the cosine of x[M,N] and target[M,N]."""
+
+def cosine_grad(program: Program, dloss: Array, x: Array, target: Array, dx: Array) -> None: ...

@@ -41,6 +41,7 @@ def distillation(temperature: float = 2.0, alpha: float = 0.5) -> Loss:
 LOSSES = {
     "cross_entropy": Loss("SoftmaxCrossEntropyLoss", (LABELS,)),
     "mse": Loss("MeanSquaredError", (TARGET,), OWN),
+    "cosine": Loss("CosineLoss", (TARGET,), OWN),
 }
 
 
@@ -60,7 +61,7 @@ def find(loss: str | Loss) -> Loss:
 def attach(model: Model, loss: str | Loss) -> Model:
     """Return the model with output `loss` alone, the mean over the batch; labels or targets become inputs.
 
-    `cross_entropy` adds input `labels` (int64 [batch]), `mse` adds `target` (as the output), distillation `teacher` and `labels`.
+    `cross_entropy` adds input `labels` (int64 [batch]), `mse` and `cosine` add `target` (as the output), distillation `teacher` and `labels`.
 
     Raises:
         ModelError: the model has more than one output, or the loss does not fit it.

@@ -302,6 +302,7 @@ include "dense/dense.pxi"
 include "nn/nn.pxi"
 include "quant/quant.pxi"
 include "sparse/sparse.pxi"
+include "text/text.pxi"
 
 
 def packed_nbytes(object pack, Weight weight not None):

@@ -19,6 +19,7 @@
 #include "quant/quant.h"
 #include "sparse/sparse.h"
 #include "status.h"
+#include "text/text.h"
 
 /* ---- dispatch: one table, one place ---- */
 
@@ -28,7 +29,7 @@
     FC_DENSE_SLOTS(SLOT)                                                                                                         \
     FC_NN_SLOTS(SLOT)                                                                                                            \
     FC_QUANT_SLOTS(SLOT)                                                                                                         \
-    FC_SPARSE_SLOTS(SLOT)
+    FC_SPARSE_SLOTS(SLOT) FC_TEXT_SLOTS(SLOT)
 
 typedef struct fc_table {
 #define FC_DECLARE_SLOT(name) fc_##name##_fn *name;

@@ -86,6 +86,8 @@ def attention(name: str, rows: int, keys: int, mask: np.ndarray | None = MASK, *
 
 
 LABELS = Dense(np.array([0, 3, 2, 1, 3], np.int64))
+INDICES = Dense(np.array([[0, 2, -1], [2, 2, 5]], np.int64))
+TOKENS = Dense(np.array([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], np.int64))
 NORM = {"epsilon": 1e-5}
 
 GRAPHS = [
@@ -118,6 +120,27 @@ GRAPHS = [
         Node("PackedAttention", ("q", "k", "v", "offsets"), ("y",), {"heads": 2}, OWN),
         {"q": draw(9, 10), "k": draw(9, 10, seed=1), "v": draw(9, 10, seed=2)}, ("q", "k", "v"),
         constants={"offsets": Dense(np.array([0, 3, 3, 4, 8], np.int64))},
+    ),
+    Graph("gather", Node("Gather", ("t", "i"), ("y",)), {"t": draw(6, 20)}, ("t",), constants={"i": INDICES}),
+    Graph("gather-axis-1", Node("Gather", ("t", "i"), ("y",), {"axis": 1}), {"t": draw(3, 6, 5)}, ("t",), constants={"i": INDICES}),
+    *[
+        Graph(
+            f"masked-pool-{mode}", Node("MaskedPool", ("x", "mask"), ("y",), {"mode": mode}, OWN),
+            {"x": draw(3, 4, 18)}, ("x",), constants={"mask": TOKENS},
+        )
+        for mode in ("mean", "sqrt", "weighted", "max", "first")
+    ],
+    *[
+        Graph(
+            f"packed-pool-{mode}", Node("PackedPool", ("x", "offsets"), ("y",), {"mode": mode}, OWN),
+            {"x": draw(9, 18)}, ("x",), constants={"offsets": Dense(np.array([0, 3, 3, 8], np.int64))},
+        )
+        for mode in ("mean", "sqrt", "weighted", "max", "first")
+    ],
+    Graph("lp-normalization", Node("LpNormalization", ("x",), ("y",), {"axis": -1, "p": 2}), {"x": draw(5, 19)}, ("x",)),
+    Graph(
+        "cosine-loss", Node("CosineLoss", ("x", "t"), ("loss",), domain=OWN), {"x": draw(5, 19), "t": draw(5, 19, seed=1)},
+        ("x", "t"), scalar=True,
     ),
     Graph(
         "cross-entropy", Node("SoftmaxCrossEntropyLoss", ("x", "labels"), ("loss",)), {"x": draw(5, 4)}, ("x",),

@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 import gristmill
-from gristmill.cli import adapt, bench, compress, inspect, kernels, run, serve, show_demo, train
+from gristmill.cli import adapt, bench, compress, embed, inspect, kernels, run, serve, show_demo, train
 from gristmill.errors import GristmillError
 
 
@@ -74,6 +74,9 @@ app.command(
     "--out adapted.safetensors"
 )(adapt.adapt)
 app.command(epilog="Example: gristmill serve digits=small.safetensors --http-port 8080 --grpc-port 8081")(serve.serve)
+app.command(epilog="Example: gristmill embed all-MiniLM-L6-v2 --input sentences.txt --output vectors.npy --precision int8")(
+    embed.embed
+)
 app.command(epilog="Example: gristmill run small.safetensors --data inputs.npz --out outputs.npz")(run.run)
 app.command(epilog="Example: gristmill inspect small.safetensors")(inspect.inspect)
 app.command(epilog="Example: GRISTMILL_ISA=avx2 gristmill kernels")(kernels.kernels)

@@ -11,9 +11,11 @@ from gristmill.cli.console import output
 if TYPE_CHECKING:
     from gristmill.model import Model
 
+LONGEST = 1000  # characters of a text that is shown
+
 
 def inspect(
-    model: Annotated[Path, typer.Argument(help="The model file.")],
+    model: Annotated[Path, typer.Argument(help="The model file or folder.")],
     batch: Annotated[int, typer.Option(min=1, help="What symbolic dimensions are taken as when kernels are chosen.")] = 1,
     precision: Annotated[str | None, typer.Option(help="Show the kernels of this precision: float32 or int8.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -26,19 +28,29 @@ def inspect(
     facts = {
         **describe(loaded),
         "kernels": gm.Session(loaded, precision=precision).explain(**shapes),
-        "meta": dict(loaded.meta),
+        "meta": shortened(dict(loaded.meta)),
     }
     if as_json:
         output().print_json(data=facts)
         return
     console = output()
-    console.print(f"{model}: {model.stat().st_size:,} bytes, tensors {loaded.nbytes:,} bytes")
+    size = sum(file.stat().st_size for file in model.glob("**/*") if file.is_file()) if model.is_dir() else model.stat().st_size
+    console.print(f"{model}: {size:,} bytes, tensors {loaded.nbytes:,} bytes")
     for table in tables(facts):
         console.print(table)
     console.print("provenance" if facts["meta"] else "provenance: none")
     for name, value in facts["meta"].items():
         for item in value if isinstance(value, list) else [value]:
             console.print(f"  {name}: {json.dumps(item, ensure_ascii=False)}")
+
+
+def shortened(value: Any) -> Any:
+    """Return JSON-compatible values with the length of long texts, such as a tokenizer's definition, in their place."""
+    if isinstance(value, dict):
+        return {name: shortened(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [shortened(item) for item in value]
+    return f"({len(value):,} characters)" if isinstance(value, str) and len(value) > LONGEST else value
 
 
 def describe(model: "Model") -> dict[str, Any]:

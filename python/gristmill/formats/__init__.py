@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from gristmill.errors import FormatError
-from gristmill.formats import native
+from gristmill.formats import hf, native
 from gristmill.formats.atomic import check_folder
 from gristmill.model import Model, check_model
 
@@ -18,7 +18,7 @@ def load(path: str | os.PathLike[str]) -> Model:
     """Read a model; the suffix of the path tells the format.
 
     Args:
-        path: a native `.safetensors` file.
+        path: a native `.safetensors` file, or a Hugging Face folder (config.json, model.safetensors; see `formats.hf`).
 
     Raises:
         FormatError: the format is unknown, or the file is damaged, hostile or holds no graph.
@@ -35,7 +35,7 @@ def load(path: str | os.PathLike[str]) -> Model:
     if not found.exists():
         raise FileNotFoundError(f"there is no model file {path}")
     if found.is_dir():
-        raise FormatError(f"{path} is a folder: loading folders is not yet supported; give a {', '.join(LOADERS)} file")
+        return hf.load(found)
     if found.suffix not in LOADERS:
         raise FormatError(f"{path}: loading {found.suffix or 'such'} files is not yet supported; known: {', '.join(LOADERS)}")
     return LOADERS[found.suffix](found)

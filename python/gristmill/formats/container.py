@@ -45,11 +45,15 @@ def map_file(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def read(data: Buffer) -> tuple[dict[str, Array], dict[str, str]]:
+def read(
+    data: Buffer, dtypes: Mapping[str, np.dtype[Any]] = DTYPES, aligned: bool = True
+) -> tuple[dict[str, Array], dict[str, str]]:
     """Return the tensors of a safetensors file as read-only views, and its metadata.
 
     Args:
         data: the whole file.
+        dtypes: the NumPy dtype of each code that is accepted.
+        aligned: refuse tensors whose data are not aligned for their dtype, as those of some older writers are.
 
     Raises:
         FormatError: the header is damaged or lies about the file.
@@ -66,12 +70,12 @@ def read(data: Buffer) -> tuple[dict[str, Array], dict[str, str]]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError("__metadata__ must be an object of strings")
     start = 8 + length
-    entries = [(*_entry(name, entry), name) for name, entry in header.items()]
+    entries = [(*_entry(name, entry, dtypes), name) for name, entry in header.items()]
     _check_cover(entries, len(data) - start)
     arrays = {}
     for begin, _, dtype, shape, name in entries:
         array: Array = np.ndarray(shape, dtype, data, start + begin)
-        if not array.flags.aligned:
+        if aligned and not array.flags.aligned:
             raise FormatError(f"tensor '{name}' starts at byte {start + begin}, which is not aligned for {dtype}")
         if dtype == np.bool_ and array.view(np.uint8).max(initial=0) > 1:
             raise FormatError(f"tensor '{name}' has booleans other than 0 and 1")
@@ -114,14 +118,14 @@ def _finite(text: str) -> float:
     return value
 
 
-def _entry(name: str, entry: Any) -> tuple[int, int, np.dtype[Any], tuple[int, ...]]:
+def _entry(name: str, entry: Any, dtypes: Mapping[str, np.dtype[Any]]) -> tuple[int, int, np.dtype[Any], tuple[int, ...]]:
     """Return (begin, end, dtype, shape) of a header entry."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"tensor {name!r}: its entry must have dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(code, str) or code not in DTYPES:
-        raise FormatError(f"tensor {name!r} has dtype {code!r}; supported: {', '.join(DTYPES)}. Convert it to F32 first")
-    dtype = DTYPES[code]
+    if not isinstance(code, str) or code not in dtypes:
+        raise FormatError(f"tensor {name!r} has dtype {code!r}; supported: {', '.join(dtypes)}. Convert it to F32 first")
+    dtype = dtypes[code]
     if not (_counts(shape) and len(shape) <= 32):
         raise FormatError(f"tensor {name!r}: shape {_short(shape)} is not a list of at most 32 sizes from 0")
     # NumPy multiplies even the dimensions of empty arrays, so zeros must not hide an overflow.

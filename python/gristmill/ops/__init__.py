@@ -4,10 +4,10 @@ A module of operators lists them in OPERATORS; a new module is its name here.
 """
 
 from gristmill.errors import ModelError
-from gristmill.ops import activation, arithmetic, attention, linear, loss, normalization
+from gristmill.ops import activation, arithmetic, attention, embedding, gather, linear, loss, normalization, token_pooling
 from gristmill.ops.op import GRAD, OWN, Node, Op, TensorType
 
-_MODULES = (activation, arithmetic, attention, linear, loss, normalization)
+_MODULES = (activation, arithmetic, attention, embedding, gather, linear, loss, normalization, token_pooling)
 
 OPS: dict[tuple[str, str], Op] = {(op.domain, op.name): op() for module in _MODULES for op in module.OPERATORS}
 

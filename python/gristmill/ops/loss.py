@@ -7,7 +7,7 @@ import numpy as np
 
 from gristmill import _core
 from gristmill.ops.normalization import softmax
-from gristmill.ops.op import GRAD, OWN, Binder, Node, Op, Tape, TensorType, need, same_dim, same_type
+from gristmill.ops.op import GRAD, OWN, Binder, Node, Op, Tape, TensorType, as_rows, need, same_dim, same_type
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
 
@@ -152,6 +152,61 @@ class MeanSquaredErrorGrad(LossGrad):
         return True
 
 
+def cosines(x: Array, target: Array) -> tuple[Array, Array, Array]:
+    """Return the cosine of each pair of rows, and 1 / norm of both, in float64; 0 where a row is of zeros."""
+    x, target = x.astype(np.float64), target.astype(np.float64)
+    norms = [np.sqrt((value * value).sum(axis=-1)) for value in (x, target)]
+    a, b = (np.divide(1.0, norm, out=np.zeros_like(norm), where=norm != 0) for norm in norms)
+    return (x * target).sum(axis=-1) * a * b, a, b
+
+
+class CosineLoss(Op):
+    """mean(1 - cosine(x, target)) over rows, the cosine along the last axis; that of a row of zeros is 0."""
+
+    name = "CosineLoss"
+    domain = OWN
+    arity = (2, 2)
+    differentiable = True
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        check_pair(node, types)
+        assert types[0] is not None
+        need(len(types[0].shape) >= 1, node, f"{types[0]} has no last axis")
+        return [SCALAR]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        return [np.asarray((1.0 - cosines(*inputs)[0]).mean(), FLOAT)]
+
+    def gradient(self, node: Node, tape: Tape, dy: str) -> None:
+        for value, other in (node.inputs, node.inputs[::-1]):
+            if tape.wants(value):
+                tape.add(value, tape.emit("CosineLossGrad", [dy, value, other]))
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        x, target = (value.reshape(*as_rows(value.shape)) for value in map(binder.rows, node.inputs))
+        binder.step(_core.cosine, x, target, binder.output(node.outputs[0]))
+        return True
+
+
+class CosineLossGrad(LossGrad):
+    """dx = -dloss / rows * (target / (|x| |target|) - cosine * x / |x|^2)."""
+
+    name = "CosineLossGrad"
+    loss = CosineLoss
+    arity = (3, 3)
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        dloss, x, target = inputs
+        cosine, a, b = (value[..., None] for value in cosines(x, target))
+        return [(-dloss / cosine.size * (target * (a * b) - x * (cosine * a * a))).astype(FLOAT)]
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        dloss, *pair = map(binder.rows, node.inputs)
+        x, target, dx = (value.reshape(*as_rows(value.shape)) for value in (*pair, binder.output(node.outputs[0])))
+        binder.step(_core.cosine_grad, dloss, x, target, dx)
+        return True
+
+
 class DistillationLoss(Op):
     """alpha T^2 KL(softmax(teacher / T) || softmax(logits / T)) + (1 - alpha) cross entropy (Hinton et al. 2015).
 
@@ -215,6 +270,8 @@ OPERATORS = (
     SoftmaxCrossEntropyLossGrad,
     MeanSquaredError,
     MeanSquaredErrorGrad,
+    CosineLoss,
+    CosineLossGrad,
     DistillationLoss,
     DistillationLossGrad,
 )

@@ -1,4 +1,4 @@
-"""LayerNormalization and Softmax over the last dimension, and their gradients."""
+"""LayerNormalization, Softmax and LpNormalization over the last dimension, and their gradients."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -167,4 +167,81 @@ class SoftmaxGrad(Op):
         return True
 
 
-OPERATORS = (LayerNormalization, LayerNormalizationGrad, Softmax, SoftmaxGrad)
+class LpNormalization(Op):
+    """ONNX LpNormalization: x over its norm along an axis, of order p = 1 or 2; zeros stay zeros."""
+
+    name = "LpNormalization"
+    arity = (1, 1)
+    attributes = {"axis": int, "p": int}
+    differentiable = True
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        x, axis, p = types[0], node.attributes.get("axis", -1), node.attributes.get("p", 2)
+        assert x is not None
+        need(x.dtype.kind == "f" and -len(x.shape) <= axis < len(x.shape), node, f"axis {axis} is not one of a float {x}")
+        need(p in (1, 2), node, f"p must be 1 or 2, got {p}")
+        return [x]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        wide = inputs[0].astype(np.float64)
+        order, axis = node.attributes.get("p", 2), node.attributes.get("axis", -1)
+        norm = np.linalg.norm(np.moveaxis(wide, axis, -1), order, axis=-1)
+        norm = np.expand_dims(norm, axis)
+        return [np.divide(wide, norm, out=np.zeros_like(wide), where=norm != 0).astype(inputs[0].dtype)]
+
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        return node.attributes.get("axis", -1) % len(made[0].shape) != 0
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        x, out = binder.rows(node.inputs[0]), binder.output(node.outputs[0])
+        shape = as_rows(x.shape)
+        if node.attributes.get("axis", -1) not in (-1, len(x.shape) - 1) or node.attributes.get("p", 2) != 2:
+            return False
+        binder.step(_core.normalize, x.reshape(*shape), out.reshape(*shape))
+        return True
+
+    def gradient(self, node: Node, tape: Tape, dy: str) -> None:
+        x = node.inputs[0]
+        last = node.attributes.get("axis", -1) in (-1, len(tape.type(x).shape) - 1)
+        need(last and node.attributes.get("p", 2) == 2, node, "only the gradient of p = 2 over the last axis is known")
+        if tape.wants(x):
+            tape.add(x, tape.emit("LpNormalizationGrad", [dy, x]))
+
+
+class LpNormalizationGrad(Op):
+    """dx = (dy - y * sum(dy * y)) / norm(x) with y = x / norm(x), for p = 2 over the last axis; 0 where the norm is 0."""
+
+    name = "LpNormalizationGrad"
+    domain = GRAD
+    arity = (2, 2)
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        dy, x = types
+        assert x is not None
+        need(len(x.shape) >= 1 and same_type(dy, x), node, f"dy is {dy} but x is {x}")
+        return [x]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        dy, x = inputs[0].astype(np.float64), inputs[1].astype(np.float64)
+        norm = np.sqrt((x * x).sum(axis=-1, keepdims=True))
+        inverse = np.divide(1.0, norm, out=np.zeros_like(norm), where=norm != 0)
+        y = x * inverse
+        return [((dy - y * (dy * y).sum(axis=-1, keepdims=True)) * inverse).astype(inputs[1].dtype)]
+
+    def bind(self, node: Node, binder: Binder) -> bool:
+        dy, x, dx = binder.rows(node.inputs[0]), binder.rows(node.inputs[1]), binder.output(node.outputs[0])
+        shape = as_rows(x.shape)
+        binder.step(_core.normalize_grad, dy.reshape(*shape), x.reshape(*shape), dx.reshape(*shape))
+        return True
+
+
+OPERATORS = (
+    LayerNormalization,
+    LayerNormalizationGrad,
+    Softmax,
+    SoftmaxGrad,
+    LpNormalization,
+    LpNormalizationGrad,
+)

@@ -1,5 +1,13 @@
 """The registry of kernel cases: one file per family, one line here."""
 
-from kernels.cases import aggregate, attention, dense, nn, quant, sparse
+from kernels.cases import aggregate, attention, dense, nn, quant, sparse, text
 
-CASES = [*aggregate.CASES, *attention.CASES, *dense.CASES, *nn.CASES, *quant.CASES, *sparse.CASES]
+CASES = [
+    *aggregate.CASES,
+    *attention.CASES,
+    *dense.CASES,
+    *nn.CASES,
+    *quant.CASES,
+    *sparse.CASES,
+    *text.CASES,
+]
