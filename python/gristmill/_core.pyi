@@ -35,14 +35,15 @@ class Weight:
         scale: Array | None = None,
         row_offsets: Array | None = None,
         index: Array | None = None,
-    ) -> None: ...
+    ) -> None:
+        """`values` are float32, int8 with a `scale`, or, dense, uint16 for bf16."""
 
 def set_isa(cap: str | None = None) -> None: ...
 def isa_generation() -> int: ...
 def slots() -> dict[str, tuple[str, str, str]]: ...
 def has_threads() -> bool: ...
 def packed_nbytes(pack: Callable[..., Any], weight: Weight) -> int:
-    """Bytes that pack_dense, pack_int8 or pack_sparse will make of a weight."""
+    """Bytes that pack_dense, pack_bf16, pack_int8 pack_sparse or a ConvolutionPacker will make of a weight."""
 
 # ---- aggregate: flat float32 vectors ----
 
@@ -113,8 +114,13 @@ def masked_attention(
     scale: float,
     out: Array,
     scratch: Array,
+    precision: str = "float32",
 ) -> None:
-    """q, out [B,L,C], k, v [B,S,C], mask [B,S] int64 or bool: keys whose mask is 0 do not count, unless that leaves none."""
+    """q, out [B,L,C], k, v [B,S,C], mask [B,S] int64 or bool: keys whose mask is 0 do not count, unless that leaves none.
+
+    precision "bf16" rounds q, k, v and the probabilities to bf16 and adds in float32; slow where the slot
+    attention_product_bf16 is scalar.
+    """
 
 def masked_attention_grad(
     program: Program,
@@ -140,6 +146,7 @@ def packed_attention(
     scale: float,
     out: Array,
     scratch: Array,
+    precision: str = "float32",
 ) -> None:
     """q, k, v, out [M,C]: rows offsets[s] to offsets[s + 1] (int64) attend to each other, other rows of out are 0.
 
@@ -161,15 +168,22 @@ def packed_attention_grad(
     scratch: Array,
 ) -> None: ...
 
-# ---- dense: float32 matrix products ----
+# ---- dense: matrix products in float32 and bf16 ----
 
 class PackedDense:
-    """A constant [n, k] float32 weight in the tile layout of this ISA."""
+    """A constant [n, k] weight in the tile layout of this ISA, in float32 or, by pack_bf16, in bf16."""
 
     shape: tuple[int, int]
     nbytes: int
+    bf16: bool
 
 def pack_dense(weight: Weight, threads: int = 1) -> PackedDense: ...
+def pack_bf16(weight: Weight, threads: int = 1) -> PackedDense:
+    """A weight of any form, rounded half to even to bf16, for linear_bf16."""
+
+def has_bf16() -> bool:
+    """Whether bf16 products run on an instruction for them; elsewhere they are right but slower than float32."""
+
 def linear_scratch(m: int, n: int, k: int, threads: int) -> int:
     """Bytes of scratch that any of the three dense products of these sizes needs; with less, they run on fewer threads."""
 
@@ -184,6 +198,24 @@ def linear(
     scratch: Array,
 ) -> None:
     """out[M,N] = activation(x[M,K] @ weight[N,K].T + bias[N]) + residual[M,N]; a Weight is read in place at every run."""
+
+def linear_bf16(
+    program: Program,
+    x: Array,
+    weight: PackedDense | Weight,
+    out: Array,
+    bias: Array | None,
+    activation: str | None,
+    residual: Array | None,
+    scratch: Array,
+) -> None:
+    """`linear` with x and the weight rounded to bf16 and float32 sums; the weight is of pack_bf16, or dense float32 in place."""
+
+def linear_grad_input_bf16(program: Program, dy: Array, weight: Weight, dx: Array, scratch: Array) -> None:
+    """`linear_grad_input` with both operands rounded to bf16; the weight is dense float32."""
+
+def linear_grad_weight_bf16(program: Program, dy: Array, x: Array, weight: Weight, grad: Array, scratch: Array) -> None:
+    """`linear_grad_weight` with both operands rounded to bf16; the weight is dense float32."""
 
 def linear_grad_input(program: Program, dy: Array, weight: Weight, dx: Array, scratch: Array) -> None:
     """dx[M,K] = dy[M,N] @ weight[N,K]; blocks and int8 are expanded tile by tile."""
@@ -260,8 +292,20 @@ def quantize_blocks(values: Array, row_offsets: Array, codes: Array, scale: Arra
 def codes_nbytes(m: int, k: int, layout: str) -> int:
     """Bytes of an activation panel: layout "tile" for the dense product, "lanes" for the sparse one."""
 
-def quantize_activations(program: Program, x: Array, lanes: bool, layout: str, codes: Array, scales: Array) -> None:
-    """Quantise float32 x per row m (rows [M,K], or lanes [K,M] if `lanes`) into a uint8 panel of `layout`; scales[M]."""
+def quantize_activations(
+    program: Program,
+    x: Array,
+    lanes: bool,
+    layout: str,
+    codes: Array,
+    scales: Array,
+    scale: float | None = None,
+    zero_point: int = 128,
+) -> None:
+    """Quantise float32 x per row m (rows [M,K], or lanes [K,M] if `lanes`) into a uint8 panel of `layout`; scales[M].
+
+    With a static `scale`: codes = clip(round half even(x / scale) + zero_point, 0, 255), all scales that one; "tile" panels only.
+    """
 
 class PackedInt8:
     """A constant [n, k] int8 weight in the tile layout of this ISA, with its row sums."""
@@ -281,8 +325,12 @@ def linear_int8(
     bias: Array | None,
     activation: str | None,
     residual: Array | None,
+    zero_point: int = 128,
 ) -> None:
-    """out[M,N] = activation(acc * (scales[m] * weight_scale[n]) + bias[n]) + residual; weight_scale is read at every run."""
+    """out[M,N] = activation(acc * (scales[m] * weight_scale[n]) + bias[n]) + residual; weight_scale is read at every run.
+
+    `zero_point` is that of the codes' static scale.
+    """
 
 # ---- sparse ----
 
@@ -372,3 +420,74 @@ def cosine(program: Program, x: Array, target: Array, loss: Array) -> None:
     """loss[()] = the mean over M of 1 - the cosine of x[M,N] and target[M,N]."""
 
 def cosine_grad(program: Program, dloss: Array, x: Array, target: Array, dx: Array) -> None: ...
+
+# ---- vision: float32 images [N, C, H, W] ----
+# `geometry` is (kernel, strides, dilations, pads before), each (y, x); elements outside the image are padding.
+
+_Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]]
+
+WINDOW_LIMITS: tuple[int, int]
+"""The most of an extent of a kernel, stride or dilation, and of an extent of a dilated kernel or padding."""
+
+class PackedConvolution:
+    """A constant convolution weight in the tile layout of this ISA."""
+
+    shape: tuple[int, int]
+    group: int
+    taps: int
+    nbytes: int
+
+class ConvolutionPacker:
+    """Packs a Weight [filters, channels / group * taps]; equal ones pack alike."""
+
+    group: int
+    taps: int
+    __name__: str
+    def __init__(self, group: int, taps: int) -> None: ...
+    def packed_nbytes(self, weight: Weight) -> int: ...
+    def __call__(self, weight: Weight, threads: int = 1) -> PackedConvolution: ...
+
+def convolution_scratch(
+    image: tuple[int, int], out: tuple[int, int], geometry: _Geometry, channels: int, group: int, threads: int
+) -> int:
+    """Bytes of scratch of a convolution or, with channels = 0, a pool; with less, they run on fewer threads."""
+
+def convolution(
+    program: Program,
+    x: Array,
+    weight: PackedConvolution | Array,
+    out: Array,
+    geometry: _Geometry,
+    group: int,
+    bias: Array | None,
+    addend: Array | None,
+    low: float,
+    high: float,
+    activation: str | None,
+    scratch: Array,
+) -> None:
+    """out[N,M,OH,OW] = activation(clip(convolution of x[N,C,H,W] + bias[M] + addend, low, high)).
+
+    A weight that is an array [M,1,kh,kw] is read in place and makes the convolution depthwise: group == C. NaN passes the clip.
+    """
+
+def pool(
+    program: Program,
+    x: Array,
+    out: Array,
+    geometry: _Geometry,
+    average: bool,
+    include_pad: bool,
+    pads_behind: tuple[int, int],
+    scratch: Array,
+) -> None:
+    """out[N,C,OH,OW] = the maximum (NaN if one is) or the average over windows of x[N,C,H,W].
+
+    Averages divide by the elements inside the image or, with `include_pad`, inside the image and its padding.
+    """
+
+def plane_means(program: Program, x: Array, out: Array) -> None:
+    """out[P] = the mean of each row of x[P,n]."""
+
+def scale_channels(program: Program, x: Array, factor: Array, offset: Array, out: Array) -> None:
+    """out[N,C,n] = factor[C] * x[N,C,n] + offset[C], one rounding; out may be x."""

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from gristmill.errors import ModelError
-from gristmill.ops import Node, TensorType, find
+from gristmill.ops import Node, TensorType, find, types_made
 from gristmill.ops.op import UNKNOWN, Undetermined, need
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
@@ -59,32 +59,8 @@ class Model:
             raise ModelError(f"names used for both an input and a tensor: {sorted(clash)}")
         types |= self.inputs
         for node in self.nodes:
-            types |= zip(node.outputs, self._infer(node, types), strict=True)
+            types |= zip(node.outputs, infer(node, types, self.tensors), strict=True)
         return MappingProxyType(types)
-
-    def _infer(self, node: Node, types: Mapping[str, TensorType]) -> list[TensorType]:
-        op = find(node)
-        given = sum(1 for name in node.inputs if name)
-        fewest, most = op.arity
-        need(fewest <= given and len(node.inputs) <= most, node, f"takes {fewest} to {most} inputs, got {len(node.inputs)}")
-        need(all(node.inputs[:fewest]), node, "a required input is absent")
-        for key, value in node.attributes.items():
-            need(key in op.attributes, node, f"unknown attribute {key!r}; known: {sorted(op.attributes)}")
-            wanted = op.attributes[key]
-            need(
-                isinstance(value, wanted) and not isinstance(value, bool),
-                node,
-                f"attribute {key} must be {wanted}, got {value!r}",
-            )
-        given_types = [types[name] if name else None for name in node.inputs]
-        if any(kind is not None and not kind.known for kind in given_types):
-            return [UNKNOWN] * len(node.outputs)
-        try:
-            inferred = op.infer(node, given_types, [self.tensors.get(name) for name in node.inputs])
-        except Undetermined:
-            return [UNKNOWN] * len(node.outputs)
-        need(len(inferred) == len(node.outputs), node, f"makes {len(inferred)} outputs, {len(node.outputs)} are named")
-        return inferred
 
     def replace(self, **changes: Any) -> "Model":
         """Return a copy with some fields changed; `tensors` given here are merged into the present ones.
@@ -107,7 +83,7 @@ class Model:
     @property
     def weights(self) -> tuple[str, ...]:
         """The names of the matrices that Linear nodes multiply by: what compression works on, in graph order."""
-        names = (node.inputs[1] for node in self.nodes if node.op == "Linear")
+        names = (node.inputs[1] for node in self.nodes if node.op == "Linear" and node.inputs[1] in self.tensors)
         return tuple(dict.fromkeys(names))
 
     def run(self, **inputs: Array) -> dict[str, Array]:
@@ -131,6 +107,31 @@ class Model:
     def __repr__(self) -> str:
         inputs = ", ".join(f"{name}: {kind}" for name, kind in self.inputs.items())
         return f"Model({inputs} -> {', '.join(self.outputs)}; {len(self.nodes)} nodes, {self.nbytes:,} bytes)"
+
+
+def infer(node: Node, types: Mapping[str, TensorType], tensors: Mapping[str, Tensor]) -> list[TensorType]:
+    """Return the types of a node's outputs after checking what it is given; UNKNOWN where they depend on values.
+
+    Raises:
+        ModelError: the operator is unknown, or the node does not fit it.
+    """
+    op = find(node)
+    given = sum(1 for name in node.inputs if name)
+    fewest, most = op.arity
+    need(fewest <= given and len(node.inputs) <= most, node, f"takes {fewest} to {most} inputs, got {len(node.inputs)}")
+    need(all(node.inputs[:fewest]), node, "a required input is absent")
+    for key, value in node.attributes.items():
+        need(key in op.attributes, node, f"unknown attribute {key!r}; known: {sorted(op.attributes)}")
+        wanted = op.attributes[key]
+        fits = isinstance(value, wanted) and not isinstance(value, bool)
+        need(fits, node, f"attribute {key} must be {wanted}, got {value!r}")
+    given_types = [types[name] if name else None for name in node.inputs]
+    if any(kind is not None and not kind.known for kind in given_types):
+        return [UNKNOWN] * len(node.outputs)
+    try:
+        return types_made(node, given_types, [tensors.get(name) for name in node.inputs])
+    except Undetermined:
+        return [UNKNOWN] * len(node.outputs)
 
 
 def check_model(value: Any) -> Model:

@@ -53,6 +53,7 @@ cdef extern from "fastcore.h" nogil:
 cdef extern from "weight.h" nogil:
     ctypedef enum fc_weight_kind:
         FC_DENSE_F32
+        FC_DENSE_BF16
         FC_DENSE_S8
         FC_BLOCKS_F32
         FC_BLOCKS_S8
@@ -231,7 +232,10 @@ cdef int run_now(fc_step_fn *run, const void *args, int threads) except -1:
 
 
 cdef class Weight:
-    """A canonical [n, k] weight in memory that the caller owns: dense or blocks, float32 or int8 with a scale per row."""
+    """A canonical [n, k] weight in memory that the caller owns: dense or blocks, float32 or int8 with a scale per row.
+
+    Dense uint16 values are bf16.
+    """
     cdef fc_weight view
     cdef tuple held
     cdef readonly tuple shape
@@ -246,6 +250,8 @@ cdef class Weight:
         self.view.scale = <const float *>optional_pointer(scale, "scale", "f", (n,))
         if row_offsets is None:
             self.view.kind = FC_DENSE_F32 if scale is None else FC_DENSE_S8
+            if scale is None and memoryview(values).format == "H":
+                self.view.kind, kind = FC_DENSE_BF16, "H"
             self.view.values = pointer(values, "values", kind, (n, k))
             return
         self.view.kind = FC_BLOCKS_F32 if scale is None else FC_BLOCKS_S8
@@ -303,11 +309,17 @@ include "nn/nn.pxi"
 include "quant/quant.pxi"
 include "sparse/sparse.pxi"
 include "text/text.pxi"
+include "vision/vision.pxi"
 
 
 def packed_nbytes(object pack, Weight weight not None):
-    """Return the bytes that pack_dense, pack_int8 or pack_sparse will allocate for a weight, before any is."""
-    sizes = {pack_dense: dense_packed_nbytes, pack_int8: int8_packed_nbytes, pack_sparse: blocks_packed_nbytes}
+    """Return the bytes that pack_dense, pack_bf16, pack_int8, pack_sparse or a packer will allocate for a weight, before any is."""
+    if isinstance(pack, ConvolutionPacker):
+        return pack.packed_nbytes(weight)
+    sizes = {
+        pack_dense: dense_packed_nbytes, pack_bf16: bf16_packed_nbytes, pack_int8: int8_packed_nbytes,
+        pack_sparse: blocks_packed_nbytes,
+    }
     return sizes[pack](weight)
 
 

@@ -20,6 +20,7 @@
 #include "sparse/sparse.h"
 #include "status.h"
 #include "text/text.h"
+#include "vision/vision.h"
 
 /* ---- dispatch: one table, one place ---- */
 
@@ -29,7 +30,9 @@
     FC_DENSE_SLOTS(SLOT)                                                                                                         \
     FC_NN_SLOTS(SLOT)                                                                                                            \
     FC_QUANT_SLOTS(SLOT)                                                                                                         \
-    FC_SPARSE_SLOTS(SLOT) FC_TEXT_SLOTS(SLOT)
+    FC_SPARSE_SLOTS(SLOT)                                                                                                        \
+    FC_TEXT_SLOTS(SLOT)                                                                                                          \
+    FC_VISION_SLOTS(SLOT)
 
 typedef struct fc_table {
 #define FC_DECLARE_SLOT(name) fc_##name##_fn *name;

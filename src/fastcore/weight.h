@@ -1,4 +1,4 @@
-/* A weight as a driver reads it: an [n, k] matrix, dense or in blocks, fp32 or int8 with one scale per row.
+/* A weight as a driver reads it: an [n, k] matrix, dense or in blocks, fp32, bf16 or int8 with one scale per row.
  *
  * The form is the canonical one that files hold and training updates in place; kernels that want another layout pack it,
  * once at plan time if the weight is constant, tile by tile inside the program if it is trainable.
@@ -10,6 +10,7 @@
 
 typedef enum fc_weight_kind {
     FC_DENSE_F32,  /* values: float [n, k] */
+    FC_DENSE_BF16, /* values: the upper halves of float [n, k] */
     FC_DENSE_S8,   /* values: int8 [n, k], scale [n] */
     FC_BLOCKS_F32, /* values: float [blocks, block_rows, block_cols] */
     FC_BLOCKS_S8,  /* the same in int8, scale [n] */

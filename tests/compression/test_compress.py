@@ -81,6 +81,55 @@ def test_what_is_compressed_runs_on_its_kernel_and_is_smaller(model, recipe, ker
     assert report.bytes_after == (tmp_path / "small.safetensors").stat().st_size
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bf16_halves_the_file_and_runs_as_its_reference(model, threads, tmp_path):
+    small, _ = gm.compress(model, [gm.Quantize("bf16")])
+    gm.save(model, tmp_path / "model.safetensors")
+    gm.save(small, tmp_path / "small.safetensors")
+    assert (tmp_path / "small.safetensors").stat().st_size < 0.6 * (tmp_path / "model.safetensors").stat().st_size
+    x = np.random.default_rng(0).standard_normal((37, 32)).astype(np.float32)
+    want = Session(small, reference=True).run(x=x)["logits"]
+    loaded = gm.load(tmp_path / "small.safetensors")
+    assert {loaded.tensors[name].kind for name in loaded.weights} == {"bf16"}
+    for precision, tolerance in ((None, 0.02), ("float32", 1e-5), ("int8", 0.05)):
+        got = Session(loaded, threads=threads, precision=precision).run(x=x)["logits"]
+        np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max())
+
+
+def test_bf16_weights_train_as_float32_and_are_rounded_at_the_end(model, data):
+    small, _ = gm.compress(model, [gm.Quantize("bf16")])
+    trained = gm.fit(small, data, loss="cross_entropy", optimizer=gm.SGD(0.05), epochs=1, batch_size=32).model
+    assert {trained.tensors[name].kind for name in trained.weights} == {"bf16"}
+    assert any((trained.tensors[name].codes != small.tensors[name].codes).any() for name in trained.weights)
+
+
+@pytest.mark.parametrize("given", ["data", "array", "mapping", "batches"])
+@pytest.mark.parametrize("percentile", [100.0, 99.9])
+def test_static_scales_come_from_calibration(model, data, given, percentile):
+    calibration = {"data": "data", "array": data[0], "mapping": {"x": data[0]}, "batches": [data[0][:50], data[0][50:]]}[given]
+    small, _ = gm.compress(model, [gm.Quantize("int8", calibration=calibration, percentile=percentile)], data=data)
+    linears = [node for node in small.nodes if node.op == "Linear"]
+    assert all(node.attributes["input_scale"] > 0 and 0 <= node.attributes["input_zero_point"] <= 255 for node in linears)
+    assert json.dumps(small.meta["recipe"])
+    if percentile == 100:
+        low, high = min(data[0].min(), 0), data[0].max()
+        assert linears[0].attributes["input_scale"] == pytest.approx((high - low) / 255, rel=1e-6)
+    x = data[0][:77]
+    want, float32 = Session(small, reference=True).run(x=x)["logits"], model.run(x=x)["logits"]
+    got = small.run(x=x)["logits"]
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
+    assert np.linalg.norm(got - float32) < 0.05 * np.linalg.norm(float32)
+
+
+def test_calibration_that_cannot_work_is_refused(model, data):
+    for bad in ("other", "data", 3, [], [{"x": np.full((2, 32), np.nan, np.float32)}]):
+        with pytest.raises(DataError, match="Quantize"):
+            gm.compress(model, [gm.Quantize(calibration=bad)])
+    for make in (lambda: gm.Quantize("bf16", calibration="data"), lambda: gm.Quantize(calibration="data", percentile=20)):
+        with pytest.raises(ModelError, match="Quantize"):
+            make()
+
+
 def test_distillation_recovers_what_pruning_lost(model, data):
     pruned, _ = gm.compress(model, [gm.Prune(0.9)])
     distilled, report = gm.compress(model, [gm.Prune(0.9), gm.Distill(epochs=20)], data=data)

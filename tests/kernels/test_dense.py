@@ -75,6 +75,71 @@ def test_a_row_does_not_depend_on_its_batch(level, drawn):
     np.testing.assert_array_equal(together, np.array([grad_input(drawn["dy"][i : i + 1], weight)[0] for i in range(M)]))
 
 
+def linear_bf16(x, weight, bias=None, activation=None, threads=1):
+    out = np.full((len(x), weight.shape[0]), np.nan, np.float32)
+    program = _core.Program()
+    _core.linear_bf16(program, x, weight, out, bias, activation, None, scratch_for(len(x), *weight.shape, threads))
+    program.run(threads)
+    return out
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_bf16_has_the_same_bits_for_any_batch_packing_and_threads(level, drawn):
+    _core.set_isa(level)
+    x, bias, weight = drawn["x"], drawn["bias"], cases.weight_of(drawn)
+    packed = _core.pack_bf16(weight)
+    assert packed.nbytes == _core.packed_nbytes(_core.pack_bf16, weight) < 0.6 * _core.packed_nbytes(_core.pack_dense, weight)
+    together = linear_bf16(x, packed, bias, "gelu")
+    np.testing.assert_array_equal(linear_bf16(x, packed, bias, "gelu", threads=3), together)
+    np.testing.assert_array_equal(linear_bf16(x, weight, bias, "gelu"), together)
+    alone = [linear_bf16(x[i : i + 1], packed, bias, "gelu")[0] for i in range(M)]
+    np.testing.assert_array_equal(together, np.array(alone))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_bf16_values_are_read_in_every_way(level, drawn):
+    """A product whose operands are bf16 already is that of fp32 but for the order of its sums."""
+    _core.set_isa(level)
+    x, values = cases.as_bf16(drawn["x"]), cases.as_bf16(drawn["values"])
+    halves = (values.view(np.uint32) >> 16).astype(np.uint16)
+    stored, wide = _core.Weight(halves, (N, K)), _core.Weight(values, (N, K))
+    np.testing.assert_array_equal(linear(x, stored), linear(x, wide))
+    np.testing.assert_array_equal(linear(x, _core.pack_dense(stored)), linear(x, wide))
+    np.testing.assert_array_equal(grad_input(drawn["dy"], stored), grad_input(drawn["dy"], wide))
+    got = linear_bf16(x, _core.pack_bf16(stored))
+    np.testing.assert_array_equal(got, linear_bf16(x, wide))
+    np.testing.assert_allclose(got, linear(x, wide), rtol=0, atol=1e-4)
+    for array in (stored, wide):
+        error = TypeError if array is stored else ValueError
+        with pytest.raises(error, match="bf16|grad"):
+            grad_weight(drawn["dy"], x, array, (N, K + 1))
+    with pytest.raises(TypeError, match="bf16"):
+        linear_bf16(x, stored)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_bf16_rounds_half_to_even_and_keeps_nan_and_infinity(level):
+    _core.set_isa(level)
+    x = np.array([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -(1 + 2**-8), 3.4e38, np.inf, -np.inf, np.nan], np.float32)
+    eye = _core.pack_bf16(_core.Weight(np.ones((1, 1), np.float32), (1, 1)))
+    got = linear_bf16(x.reshape(-1, 1), eye)[:, 0]
+    np.testing.assert_array_equal(got, np.array([1, 1 + 2**-6, 1 + 2**-7, -1, np.inf, np.inf, -np.inf, np.nan], np.float32))
+
+
+def test_bf16_is_there_where_its_instruction_is():
+    assert _core.has_bf16() == (_core.slots()["gemm_bf16"][0] == "avx512bf16")
+    _core.set_isa("avx2")
+    assert not _core.has_bf16()
+
+
+def test_packed_forms_are_not_mixed_up(drawn):
+    weight = cases.weight_of(drawn)
+    with pytest.raises(TypeError, match="pack_bf16"):
+        linear(drawn["x"], _core.pack_bf16(weight))
+    with pytest.raises(TypeError, match="pack_bf16"):
+        linear_bf16(drawn["x"], _core.pack_dense(weight))
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("m", [1, 12, 40])
 def test_more_threads_than_scratch_change_nothing(level, m):

@@ -255,3 +255,42 @@ def test_a_nan_in_any_block_of_a_row_counts(level):
     _core.quantize_blocks(values, np.array([0, 3], np.int32), codes, scale)
     assert np.isnan(scale).all()
     assert (codes == 0).all()
+
+
+def static_linear(x, stored, weight_scale, scale, zero_point, threads=1):
+    codes, scales = np.empty(_core.codes_nbytes(*x.shape, "tile"), np.uint8), np.empty(len(x), np.float32)
+    out = np.empty((len(x), len(stored)), np.float32)
+    program = _core.Program()
+    _core.quantize_activations(program, x, False, "tile", codes, scales, scale, zero_point)
+    packed = _core.pack_int8(weight(stored, weight_scale))
+    _core.linear_int8(program, codes, scales, len(x), packed, weight_scale, out, None, None, None, zero_point)
+    program.run(threads)
+    return out
+
+
+@pytest.mark.parametrize("zero_point", [0, 1, 90, 128, 255])
+def test_a_product_with_a_zero_point_is_exact(level, zero_point):
+    """Codes over all of 0 to 255 against extreme weights: nothing saturates on any instruction set."""
+    rng = np.random.default_rng(zero_point)
+    stored = rng.choice(np.array([-127, 127, 3], np.int8), (37, 517))
+    q = rng.choice(np.array([0, 1, 127, 128, 254, 255]), (26, 517))
+    q[0], q[1] = 0, 255
+    scale = np.float32(2.0**-3)
+    x = ((q - zero_point) * scale).astype(np.float32)
+    got = static_linear(x, stored, np.ones(37, np.float32), float(scale), zero_point)
+    want = (q - zero_point) @ stored.astype(np.int64).T
+    np.testing.assert_array_equal(got, want.astype(np.float32) * scale)
+
+
+def test_static_scales_are_refused_out_of_range():
+    x, codes, scales = np.ones((4, 8), np.float32), np.empty(32, np.uint8), np.empty(4, np.float32)
+    for bad in ((0.0, 128), (float("nan"), 128), (-1.0, 3), (1e38, 3), (1.0, -1), (1.0, 256)):
+        with pytest.raises(ValueError, match="static"):
+            _core.quantize_activations(_core.Program(), x, False, "tile", codes, scales, *bad)
+    with pytest.raises(ValueError, match="tile"):
+        _core.quantize_activations(_core.Program(), x, False, "lanes", np.empty(128, np.uint8), scales, 1.0, 3)
+    with pytest.raises(ValueError, match="terms"):
+        m, k = 1, 66312
+        _core.quantize_activations(
+            _core.Program(), np.ones((m, k), np.float32), False, "tile", np.empty(k, np.uint8), scales[:1], 1.0, 3
+        )

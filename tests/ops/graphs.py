@@ -85,6 +85,21 @@ def attention(name: str, rows: int, keys: int, mask: np.ndarray | None = MASK, *
     return Graph(name, node, tensors, ("q", "k", "v"), constants=constants)
 
 
+def positive(*shape: int, seed: int = 0) -> Dense:
+    """Values that logarithms and roots take, away from 0."""
+    return Dense((0.5 + np.abs(draw(*shape, seed=seed).array)).astype(np.float32))
+
+
+def unary(op: str, x: Dense, **attributes: float) -> Graph:
+    return Graph(op.lower(), Node(op, ("x",), ("y",), attributes), {"x": x}, ("x",))
+
+
+def shaping(name: str, op: str, x: Dense, *vectors: tuple[int, ...], **attributes: object) -> Graph:
+    """An operator on x whose other inputs are vectors of integers."""
+    constants = {f"v{index}": Dense(np.array(vector, np.int64)) for index, vector in enumerate(vectors)}
+    return Graph(name, Node(op, ("x", *constants), ("y",), attributes), {"x": x}, ("x",), constants=constants)
+
+
 LABELS = Dense(np.array([0, 3, 2, 1, 3], np.int64))
 INDICES = Dense(np.array([[0, 2, -1], [2, 2, 5]], np.int64))
 TOKENS = Dense(np.array([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], np.int64))
@@ -155,6 +170,39 @@ GRAPHS = [
         Node("DistillationLoss", ("x", "t", "labels"), ("loss",), {"temperature": 3.0, "alpha": 0.7}, OWN),
         {"x": draw(5, 4)}, ("x",), scalar=True, constants={"labels": LABELS, "t": draw(5, 4, seed=1)},
     ),
+    *(unary(op, away_from_zero(5, 7)) for op in ("Abs", "Cos", "Erf", "Exp", "Neg", "Sin", "Softplus")),
+    *(unary(op, positive(5, 7)) for op in ("Log", "Reciprocal", "Sqrt")),
+    unary("Elu", away_from_zero(5, 7), alpha=0.7),
+    unary("LeakyRelu", away_from_zero(5, 7), alpha=0.2),
+    Graph("cast", Node("Cast", ("x",), ("y",), {"to": "float32"}), {"x": draw(4, 6)}, ("x",)),
+    Graph("sub", Node("Sub", ("a", "b"), ("y",)), {"a": draw(4, 6), "b": draw(4, 6, seed=1)}, ("a", "b")),
+    Graph("sub-broadcast", Node("Sub", ("a", "b"), ("y",)), {"a": draw(6), "b": draw(4, 6)}, ("a", "b")),
+    Graph("div", Node("Div", ("a", "b"), ("y",)), {"a": draw(4, 6), "b": positive(4, 6, seed=1)}, ("a", "b")),
+    Graph("div-broadcast", Node("Div", ("a", "b"), ("y",)), {"a": draw(4, 6), "b": positive(4, 1)}, ("a", "b")),
+    Graph(
+        "pow", Node("Pow", ("x", "e"), ("y",)), {"x": positive(4, 6)}, ("x",),
+        constants={"e": Dense(np.array([2.0, 0.5, -1.0, 3.0, 1.0, 0.0], np.float32))},
+    ),
+    shaping("reduce-mean", "ReduceMean", draw(3, 4, 5), (-1,)),
+    shaping("reduce-mean-all", "ReduceMean", draw(3, 4), keepdims=0),
+    shaping("reduce-sum", "ReduceSum", draw(3, 4, 5), (0, 2), keepdims=0),
+    shaping("reshape", "Reshape", draw(4, 6), (0, 2, -1)),
+    shaping("flatten", "Flatten", draw(2, 3, 4), axis=2),
+    shaping("squeeze", "Squeeze", draw(2, 1, 3, 1), (1, -1)),
+    shaping("unsqueeze", "Unsqueeze", draw(2, 3), (0, 3)),
+    shaping("transpose", "Transpose", draw(3, 5)),
+    shaping("transpose-last", "Transpose", draw(2, 3, 5), perm=(0, 2, 1)),
+    shaping("transpose-heads", "Transpose", draw(2, 3, 4, 5), perm=(0, 2, 1, 3)),
+    shaping("slice", "Slice", draw(5, 7), (1, -1), (4, -8), (0, 1), (1, -2)),
+    shaping("expand", "Expand", draw(3, 1), (2, 1, 4)),
+    Graph(
+        "concat", Node("Concat", ("a", "b", "c"), ("y",), {"axis": 1}),
+        {"a": draw(3, 2), "b": draw(3, 1), "c": draw(3, 4)}, ("a", "c"),
+    ),
+    Graph("matmul", Node("MatMul", ("a", "b"), ("y",)), {"a": draw(3, 5), "b": draw(5, 4)}, ("a", "b")),
+    Graph("matmul-batched", Node("MatMul", ("a", "b"), ("y",)), {"a": draw(2, 3, 4, 5), "b": draw(2, 3, 5, 6)}, ("a", "b")),
+    Graph("matmul-broadcast", Node("MatMul", ("a", "b"), ("y",)), {"a": draw(2, 1, 4, 5), "b": draw(3, 5, 6)}, ("a", "b")),
+    Graph("softmax-axis", Node("Softmax", ("x",), ("y",), {"axis": 1}), {"x": draw(2, 5, 3)}, ("x",)),
 ]  # fmt: skip
 
 # Straight-through gradients of rounded weights: no finite difference of the rounded forward pass can confirm them, so they

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gristmill import tensor
 from gristmill.errors import FormatError, ModelError
-from gristmill.tensor import Dense, Quantized, Sparse
+from gristmill.tensor import BFloat16, Dense, Quantized, Sparse
 
 
 def matrix(n, k, seed=0):
@@ -25,7 +25,7 @@ def examples():
     blocks = Sparse.from_dense(dense, mask(12, 8), (1, 4))
     elements = Sparse.from_dense(matrix(9, 21), mask(9, 21), (1, 1))
     return [
-        Dense(dense), Quantized.from_dense(dense), blocks, blocks.quantized(), elements, elements.quantized(),
+        Dense(dense), BFloat16.from_dense(dense), Quantized.from_dense(dense), blocks, blocks.quantized(), elements, elements.quantized(),
         Sparse.from_dense(dense, mask(6, 8), (2, 4)),
     ]  # fmt: skip
 
@@ -42,6 +42,16 @@ def test_parts_rebuild_the_tensor(each):
 def test_trainable_parts_can_be_replaced(each):
     doubled = each.with_trainable(each.trainable * 2)
     np.testing.assert_allclose(doubled.dense(), each.dense() * 2, rtol=1e-6)
+
+
+def test_bf16_rounds_half_to_even():
+    values = np.array([1 + 2**-8, 1 + 3 * 2**-8, 2**-133, -0.0, 3.4e38, np.inf, -np.inf, np.nan, -np.nan], np.float32)
+    rounded = BFloat16.from_dense(values).dense()
+    np.testing.assert_array_equal(rounded, np.array([1, 1 + 2**-6, 2**-133, 0, np.inf, np.inf, -np.inf, np.nan, np.nan]))
+    assert np.signbit(rounded[3])
+    assert BFloat16.from_dense(np.float32(0.1)).shape == ()
+    with pytest.raises(FormatError, match="uint16"):
+        BFloat16.from_parts({}, {"": np.zeros(3, np.float32)})
 
 
 def test_sparse_keeps_what_the_mask_keeps():

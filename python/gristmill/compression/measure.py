@@ -70,7 +70,7 @@ def measure_layers(before: Model, after: Model, threads: int) -> Iterator[Layer]
 
 def _describe(tensor: Tensor) -> str:
     if tensor.kind != "sparse":
-        return {"dense": "float32", "quantized": "int8"}[tensor.kind]
+        return {"dense": "float32", "bf16": "bf16", "quantized": "int8"}[tensor.kind]
     rows, columns = tensor.block  # type: ignore[union-attr]
     return f"{rows}x{columns} {tensor.values.dtype}"  # type: ignore[union-attr]
 

@@ -4,14 +4,14 @@ import os
 from pathlib import Path
 
 from gristmill.errors import FormatError
-from gristmill.formats import hf, native
+from gristmill.formats import hf, native, onnx
 from gristmill.formats.atomic import check_folder
 from gristmill.model import Model, check_model
 
 __all__ = ["check_target", "load", "save"]
 
-LOADERS = {".safetensors": native.load}
-SAVERS = {".safetensors": native.save}
+LOADERS = {".safetensors": native.load, ".onnx": onnx.load}
+SAVERS = {".safetensors": native.save, ".onnx": onnx.save}
 
 
 def load(path: str | os.PathLike[str]) -> Model:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gristmill import _core
+from gristmill.ops.dtypes import narrow, wide
 from gristmill.ops.op import GRAD, Binder, Node, Op, Tape, TensorType, need, same_type
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
@@ -67,7 +68,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] 
 
 def evaluate(kind: str | None, x: Array) -> Array:
     """Apply an activation by its kernel name; None is the identity."""
-    return x if kind is None else FUNCTIONS[kind][0](x).astype(x.dtype)
+    return x if kind is None else narrow(FUNCTIONS[kind][0](wide(x)), x.dtype)
 
 
 class Activation(Op):
@@ -78,7 +79,7 @@ class Activation(Op):
     kernel: ClassVar[str]
 
     def kind(self, node: Node) -> str:
-        """The name of the function that kernels know."""
+        """The name of the function that kernels know, or "" where they know none."""
         return self.kernel
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
@@ -89,6 +90,7 @@ class Activation(Op):
         return [evaluate(self.kind(node), inputs[0])]
 
     def gradient(self, node: Node, tape: Tape, dy: str) -> None:
+        need(self.kind(node) != "", node, "has no gradient with these attributes")
         # The sign of Relu's output is that of its input: taking the output lets the input fuse away.
         source = node.outputs[0] if self.kernel == "relu" else node.inputs[0]
         if tape.wants(node.inputs[0]):
@@ -100,6 +102,8 @@ class Activation(Op):
         return True
 
     def bind(self, node: Node, binder: Binder) -> bool:
+        if not self.kind(node):
+            return False
         x, layout = binder.stored(node.inputs[0])
         binder.step(_core.activate, self.kind(node), x, binder.output(node.outputs[0], layout))
         return True
@@ -118,9 +122,17 @@ class Sigmoid(Activation):
 
 
 class Swish(Activation):
-    """x * sigmoid(x) (ONNX opset 24, alpha = 1)."""
+    """x * sigmoid(alpha * x) (ONNX opset 24); alpha = 1 has kernels and a gradient."""
 
     name, kernel = "Swish", "silu"
+    attributes = {"alpha": float}
+
+    def kind(self, node: Node) -> str:
+        return "silu" if node.attributes.get("alpha", 1.0) == 1.0 else ""
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        x = wide(inputs[0])
+        return [narrow(x * sigmoid(node.attributes.get("alpha", 1.0) * x), inputs[0].dtype)]
 
 
 class Gelu(Activation):

@@ -1,4 +1,4 @@
-"""Add and Mul with NumPy broadcasting; equal shapes run on kernels."""
+"""Arithmetic with NumPy broadcasting; Add and Mul of equal shapes run on kernels."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,23 +6,32 @@ from typing import Any
 import numpy as np
 
 from gristmill import _core
+from gristmill.ops.axes import first
+from gristmill.ops.dtypes import is_float, narrow, wide
 from gristmill.ops.op import GRAD, Binder, Dim, Node, Op, Tape, TensorType, aligned, need, same_dim
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
 
 
-def broadcast(node: Node, a: TensorType, b: TensorType) -> TensorType:
+def broadcast(node: Node, *types: TensorType | None) -> TensorType:
     """Return the type of an elementwise result; symbols may turn out to be whatever fits."""
-    rank = max(len(a.shape), len(b.shape))
-    left: tuple[Dim, ...] = (1,) * (rank - len(a.shape)) + a.shape
-    right: tuple[Dim, ...] = (1,) * (rank - len(b.shape)) + b.shape
-    need(
-        all(same_dim(x, y) or x == 1 or y == 1 for x, y in zip(left, right, strict=True)),
-        node,
-        f"'{node.inputs[0]}' is {a} and '{node.inputs[1]}' is {b}: the shapes do not broadcast",
-    )
-    need(a.dtype == b.dtype, node, f"'{node.inputs[0]}' is {a} and '{node.inputs[1]}' is {b}: the dtypes differ")
-    return TensorType(a.dtype, tuple(_wider(x, y) for x, y in zip(left, right, strict=True)))
+    present = [kind for kind in types if kind is not None]
+    result = present[0]
+    for index, kind in enumerate(present[1:], 1):
+        told = f"'{node.inputs[0]}' is {present[0]} and '{node.inputs[index]}' is {kind}"
+        need(result.dtype == kind.dtype, node, f"{told}: the dtypes differ")
+        result = TensorType(result.dtype, broadcast_shapes(node, result.shape, kind.shape, told))
+    return result
+
+
+def broadcast_shapes(node: Node, a: tuple[Dim, ...], b: tuple[Dim, ...], told: str) -> tuple[Dim, ...]:
+    """Return the common shape of two. `told` says which, should there be none."""
+    rank = max(len(a), len(b))
+    left: tuple[Dim, ...] = (1,) * (rank - len(a)) + a
+    right: tuple[Dim, ...] = (1,) * (rank - len(b)) + b
+    fits = all(same_dim(x, y) or x == 1 or y == 1 for x, y in zip(left, right, strict=True))
+    need(fits, node, f"{told}: the shapes do not broadcast")
+    return tuple(_wider(x, y) for x, y in zip(left, right, strict=True))
 
 
 def _wider(x: Dim, y: Dim) -> Dim:
@@ -43,10 +52,7 @@ class Elementwise(Op):
         raise NotImplementedError
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        a, b = types
-        assert a is not None
-        assert b is not None
-        return [broadcast(node, a, b)]
+        return [broadcast(node, *types)]
 
     def separable(
         self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
@@ -74,7 +80,7 @@ class Add(Elementwise):
         return _core.add
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        return [inputs[0] + inputs[1]]
+        return [narrow(wide(inputs[0]) + wide(inputs[1]), inputs[0].dtype)]
 
     def gradient(self, node: Node, tape: Tape, dy: str) -> None:
         for value in node.inputs:
@@ -89,12 +95,115 @@ class Mul(Elementwise):
         return _core.multiply
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        return [inputs[0] * inputs[1]]
+        return [narrow(wide(inputs[0]) * wide(inputs[1]), inputs[0].dtype)]
 
     def gradient(self, node: Node, tape: Tape, dy: str) -> None:
         for value, other in (node.inputs, node.inputs[::-1]):
             if tape.wants(value):
                 tape.add(value, reduce_to(tape, tape.emit("Mul", [dy, other], domain=""), value, node.outputs[0]))
+
+
+class Sub(Op):
+    """a - b."""
+
+    name = "Sub"
+    arity = (2, 2)
+    differentiable = True
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        return [broadcast(node, *types)]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        return [narrow(wide(inputs[0]) - wide(inputs[1]), inputs[0].dtype)]
+
+    def gradient(self, node: Node, tape: Tape, dy: str) -> None:
+        a, b = node.inputs
+        if tape.wants(a):
+            tape.add(a, reduce_to(tape, dy, a, node.outputs[0]))
+        if tape.wants(b):
+            tape.add(b, reduce_to(tape, tape.emit("Neg", [dy], domain=""), b, node.outputs[0]))
+
+
+def divide(a: Array, b: Array) -> Array:
+    """a / b; of integers, the quotient truncated towards zero."""
+    if is_float(a.dtype):
+        return a / b
+    quotient = a // b
+    return quotient + ((a % b != 0) & ((a < 0) != (b < 0)))
+
+
+class Div(Op):
+    """a / b; of integers, the quotient truncated towards zero."""
+
+    name = "Div"
+    arity = (2, 2)
+    differentiable = True
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        return [broadcast(node, *types)]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        with np.errstate(all="ignore"):
+            return [narrow(divide(*map(wide, inputs)), inputs[0].dtype)]
+
+    def gradient(self, node: Node, tape: Tape, dy: str) -> None:
+        a, b, y = *node.inputs, node.outputs[0]
+        if not tape.wants(a) and not tape.wants(b):
+            return
+        share = tape.emit("Div", [dy, b], domain="")
+        if tape.wants(a):
+            tape.add(a, reduce_to(tape, share, a, y))
+        if tape.wants(b):
+            down = tape.emit("Neg", [tape.emit("Mul", [share, y], domain="")], domain="")
+            tape.add(b, reduce_to(tape, down, b, y))
+
+
+class Pow(Op):
+    """x to the power of an exponent, which may have a dtype of its own."""
+
+    name = "Pow"
+    arity = (2, 2)
+    differentiable = True
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        x, exponent = types
+        assert x is not None
+        assert exponent is not None
+        return [broadcast(node, x, TensorType(x.dtype, exponent.shape))]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        return [narrow(power(*inputs), inputs[0].dtype)]
+
+    def gradient(self, node: Node, tape: Tape, dy: str) -> None:
+        x, exponent = node.inputs
+        need(not tape.wants(exponent), node, "has no gradient in its exponent")
+        if tape.wants(x):
+            tape.add(x, reduce_to(tape, tape.emit("PowGrad", [dy, x, exponent]), x, node.outputs[0]))
+
+
+def power(x: Array, exponent: Array) -> Array:
+    x, exponent = wide(x), wide(exponent)
+    if is_float(x.dtype):
+        exponent = exponent.astype(x.dtype) if not is_float(exponent.dtype) else exponent
+    elif np.any(exponent < 0):
+        x = x.astype(np.float64)  # whose powers truncate to what integers keep of them
+    with np.errstate(all="ignore"):
+        return np.power(x, exponent)
+
+
+class PowGrad(Op):
+    """dy * exponent * x ** (exponent - 1), in the shape of dy."""
+
+    name = "PowGrad"
+    domain = GRAD
+    arity = (3, 3)
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        return [first(types)]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        dy, x, exponent = inputs
+        return [narrow(dy * exponent * power(x, np.asarray(exponent - 1)), dy.dtype)]
 
 
 class Identity(Op):
@@ -103,6 +212,7 @@ class Identity(Op):
     name = "Identity"
     arity = (1, 1)
     differentiable = True
+    every_dtype = True
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         assert types[0] is not None
@@ -116,11 +226,7 @@ class Identity(Op):
             tape.add(node.inputs[0], dy)
 
     def bind(self, node: Node, binder: Binder) -> bool:
-        x = binder.rows(node.inputs[0])
-        if x.dtype != np.float32:
-            return False
-        binder.step(_core.scale, x, 1.0, binder.output(node.outputs[0]))
-        return True
+        return binder.alias(node.outputs[0], binder.rows(node.inputs[0]))
 
 
 class SumToShape(Op):
@@ -148,4 +254,4 @@ class SumToShape(Op):
         return [np.asarray(x.sum(axis=axes, dtype=np.float64).reshape(like.shape), x.dtype)]
 
 
-OPERATORS = (Add, Mul, Identity, SumToShape)
+OPERATORS = (Add, Sub, Mul, Div, Pow, PowGrad, Identity, SumToShape)

@@ -23,6 +23,12 @@ def scale_of(node: Node, columns: int) -> float:
     return float(node.attributes.get("scale", (columns // node.attributes["heads"]) ** -0.5 if columns else 1.0))
 
 
+def precision_of(binder: Binder) -> str:
+    """bf16 where the session allows it and the CPU multiplies it."""
+    has_bf16 = _core.slots()["attention_product_bf16"][0] != "scalar"
+    return "bf16" if binder.low_precision and has_bf16 else "float32"
+
+
 def check_heads(node: Node, columns: Any) -> None:
     heads, scale = node.attributes.get("heads", 0), node.attributes.get("scale", 1.0)
     need(heads >= 1, node, f"its attribute heads must be at least 1, got {heads}")
@@ -140,12 +146,18 @@ class MaskedAttention(_Masked):
             out[i] = attend(q[i], k[i][chosen], v[i][chosen], heads, scale)
         return [out]
 
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        return all(split)
+
     def bind(self, node: Node, binder: Binder) -> bool:
         q, k, v = map(binder.rows, node.inputs[:3])
         mask = binder.rows(node.input(3)) if node.input(3) else None
         heads, scale = node.attributes["heads"], scale_of(node, q.shape[2])
         scratch = binder.scratch(_core.attention_scratch(k.shape[1], q.shape[2] // heads, binder.threads))
-        binder.step(_core.masked_attention, q, k, v, mask, heads, scale, binder.output(node.outputs[0]), scratch)
+        out = binder.output(node.outputs[0])
+        binder.step(_core.masked_attention, q, k, v, mask, heads, scale, out, scratch, precision_of(binder))
         return True
 
 
@@ -206,7 +218,8 @@ class PackedAttention(_Packed):
         q, k, v, offsets = map(binder.rows, node.inputs)
         heads, scale = node.attributes["heads"], scale_of(node, q.shape[1])
         scratch = binder.scratch(_core.attention_scratch(q.shape[0], q.shape[1] // heads, binder.threads))
-        binder.step(_core.packed_attention, q, k, v, offsets, heads, scale, binder.output(node.outputs[0]), scratch)
+        out = binder.output(node.outputs[0])
+        binder.step(_core.packed_attention, q, k, v, offsets, heads, scale, out, scratch, precision_of(binder))
         return True
 
 

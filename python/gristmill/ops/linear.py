@@ -16,12 +16,20 @@ from gristmill.tensor.parts import Array
 
 
 class Linear(Op):
-    """Inputs x [..., k], weight [n, k], optional bias [n], optional residual [..., n]; output [..., n]."""
+    """Inputs x [..., k], weight [n, k], optional bias [n], optional residual [..., n]; output [..., n].
+
+    With `input_scale` and `input_zero_point`, x is first rounded to (q - zero_point) * scale, where
+    q = clip(round half even(x / scale) + zero_point, 0, 255), as ONNX QuantizeLinear and DequantizeLinear do.
+    """
 
     name = "Linear"
     domain = OWN
     arity = (2, 4)
-    attributes = {"activation": str}  # set by fusion only
+    attributes = {
+        "activation": str,  # set by fusion only
+        "input_scale": (int, float),
+        "input_zero_point": int,  # 128 where it is absent
+    }
     differentiable = True
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
@@ -45,11 +53,20 @@ class Linear(Op):
         need(residual is None or same_type(residual, out), node, f"residual {residual} does not fit the output {out}")
         activation = node.attributes.get("activation")
         need(activation is None or activation in FUNCTIONS, node, f"unknown activation {activation!r}; known: {list(FUNCTIONS)}")
+        if "input_scale" in node.attributes or "input_zero_point" in node.attributes:
+            scale, zero_point = static_scale(node) or (0.0, 0)
+            fits = 2.0**-100 <= scale <= 2.0**100 and 0 <= zero_point <= 255
+            need(
+                fits,
+                node,
+                f"input_scale {scale} must lie within 2**-100 and 2**100, input_zero_point {zero_point} within 0 and 255",
+            )
         return [out]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         x, weight, bias, residual = (*inputs, None, None)[:4]
-        y = x @ weight.T
+        static = static_scale(node)
+        y = (x if static is None else rounded(x, *static)) @ weight.T
         if bias is not None:
             y = y + bias
         y = evaluate(node.attributes.get("activation"), y)
@@ -72,25 +89,59 @@ class Linear(Op):
         return split[0] and residual and len(made[0].shape) > 1
 
     def bind(self, node: Node, binder: Binder) -> bool:
-        return KERNELS[binder.tensor(node.inputs[1]).kind](node, binder)
+        kind = binder.tensor(node.inputs[1]).kind
+        if kind != "quantized" and "input_scale" in node.attributes:
+            return False  # only the dense int8 product takes static scales
+        return KERNELS[kind](node, binder)
+
+
+def static_scale(node: Node) -> tuple[float, int] | None:
+    """The scale and zero point that the node's input is rounded with, or None."""
+    if "input_scale" not in node.attributes:
+        return None
+    return float(node.attributes["input_scale"]), int(node.attributes.get("input_zero_point", 128))
+
+
+def rounded(x: Array, scale: float, zero_point: int) -> Array:
+    """Return what the codes of x with a static scale stand for."""
+    codes = np.clip(np.rint(np.nan_to_num(x / np.float32(scale), nan=0.0)) + np.float32(zero_point), 0, 255)
+    return (codes - np.float32(zero_point)) * np.float32(scale)
 
 
 def bind_dense(node: Node, binder: Binder) -> bool:
     x, residual, out = matrices(node, binder, "rows")
     weight = node.inputs[1]
-    source = binder.weight(weight) if reads_in_place(node, binder) else binder.packed(weight, _core.pack_dense)
+    in_place = reads_in_place(node, binder)
+    bf16 = multiplies_bf16(weight, binder) and (not in_place or is_float_in_memory(weight, binder))
+    kernel, pack = (_core.linear_bf16, _core.pack_bf16) if bf16 else (_core.linear, _core.pack_dense)
+    source = binder.weight(weight) if in_place else binder.packed(weight, pack)
     n, k = binder.tensor(weight).shape
     scratch = binder.scratch(_core.linear_scratch(x.shape[0], n, k, binder.threads))
-    binder.step(_core.linear, x, source, out, *epilogue(node, binder, residual), scratch)
+    binder.step(kernel, x, source, out, *epilogue(node, binder, residual), scratch)
     return True
 
 
+def multiplies_bf16(weight: str, binder: Binder) -> bool:
+    """Whether products with a dense weight round both operands to bf16: it is stored so, or the session was asked to."""
+    precision = getattr(binder, "precision", None)
+    stored = binder.tensor(weight).kind
+    asked = precision == "bf16" or (precision is None and stored == "bf16")
+    return asked and stored in ("dense", "bf16") and _core.has_bf16()
+
+
+def is_float_in_memory(weight: str, binder: Binder) -> bool:
+    """Whether kernels that read the weight in place find float32: bf16 trains as that."""
+    return binder.tensor(weight).kind == "dense" or binder.trains(weight)
+
+
 def bind_quantized(node: Node, binder: Binder) -> bool:
-    codes, scales, m = binder.codes(node.inputs[0], "tile")
+    static = static_scale(node)
+    codes, scales, m = binder.codes(node.inputs[0], "tile", static)
     _, residual, out = matrices(node, binder, "rows")
     packed = binder.packed(node.inputs[1], _core.pack_int8)
     weight_scale = binder.scale(node.inputs[1])
-    binder.step(_core.linear_int8, codes, scales, m, packed, weight_scale, out, *epilogue(node, binder, residual))
+    zero_point = 128 if static is None else static[1]
+    binder.step(_core.linear_int8, codes, scales, m, packed, weight_scale, out, *epilogue(node, binder, residual), zero_point)
     return True
 
 
@@ -117,6 +168,7 @@ BLOCKS = {"float32": {(1, 1), (1, 4), (2, 4), (4, 4)}, "int8": {(1, 4), (2, 4), 
 
 KERNELS: dict[str, Callable[[Node, Binder], bool]] = {
     "dense": bind_dense,
+    "bf16": bind_dense,
     "quantized": bind_quantized,
     "sparse": bind_sparse,
 }
@@ -175,7 +227,10 @@ class LinearGradInput(Op):
         dy, dx = dy.reshape(*as_rows(dy.shape)), dx.reshape(*as_rows(dx.shape))
         n, k = binder.tensor(node.inputs[1]).shape
         scratch = binder.scratch(_core.linear_scratch(dy.shape[0], n, k, binder.threads))
-        binder.step(_core.linear_grad_input, dy, binder.weight(node.inputs[1]), dx, scratch)
+        weight = node.inputs[1]
+        bf16 = multiplies_bf16(weight, binder) and is_float_in_memory(weight, binder)
+        kernel = _core.linear_grad_input_bf16 if bf16 else _core.linear_grad_input
+        binder.step(kernel, dy, binder.weight(weight), dx, scratch)
         return True
 
 
@@ -213,7 +268,10 @@ class LinearGradWeight(Op):
         tensor = binder.tensor(node.inputs[2])
         n, k = tensor.shape
         scratch = binder.scratch(_core.linear_scratch(dy.shape[0], n, k, binder.threads))
-        binder.step(_core.linear_grad_weight, dy, x, binder.weight(node.inputs[2]), grad, scratch)
+        weight = node.inputs[2]
+        bf16 = multiplies_bf16(weight, binder) and is_float_in_memory(weight, binder)
+        kernel = _core.linear_grad_weight_bf16 if bf16 else _core.linear_grad_weight
+        binder.step(kernel, dy, x, binder.weight(weight), grad, scratch)
         if is_int8(tensor):  # the kernel gives the gradient of the scales; a gain multiplies them
             binder.step(_core.multiply, grad, tensor.scale, grad)  # type: ignore[union-attr]
         return True

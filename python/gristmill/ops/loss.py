@@ -1,4 +1,4 @@
-"""Losses: one float32 scalar, the mean over the batch, and their gradients."""
+"""Losses, and the gradients of those that are one float32 scalar, the mean over the batch."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -6,7 +6,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gristmill import _core
-from gristmill.ops.normalization import softmax
+from gristmill.ops.axes import at, first
+from gristmill.ops.dtypes import is_float, narrow, wide
+from gristmill.ops.normalization import log_softmax, softmax
 from gristmill.ops.op import GRAD, OWN, Binder, Node, Op, Tape, TensorType, as_rows, need, same_dim, same_type
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
@@ -45,15 +47,9 @@ class LossGrad(Op):
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         need(types[0] == SCALAR, node, f"the gradient of a loss must be {SCALAR}, got {types[0]}")
-        self.loss().infer(node, types[1:], constants[1:])
+        need(self.loss().infer(node, types[1:], constants[1:]) == [SCALAR], node, "only losses of one scalar have gradients")
         assert types[1] is not None
         return [types[1]]
-
-
-def log_softmax(x: Array) -> Array:
-    wide = x.astype(np.float64)
-    shifted = wide - wide.max(axis=-1, keepdims=True, initial=-np.inf)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def one_hot(labels: Array, classes: int) -> Array:
@@ -69,28 +65,94 @@ def mean_cross_entropy(logits: Array, labels: Array) -> Any:
     return -np.where(valid, picked, np.nan).mean()
 
 
-class SoftmaxCrossEntropyLoss(Op):
-    """ONNX SoftmaxCrossEntropyLoss with mean reduction: logits [batch, classes], labels int64 [batch]."""
+class Likelihood(Op):
+    """The negative log likelihood of labels [batch, ...] under scores [batch, classes, ...].
 
-    name = "SoftmaxCrossEntropyLoss"
-    arity = (2, 2)
-    attributes = {"reduction": str}
-    differentiable = True
+    An optional third input weighs the classes; labels equal to `ignore_index` count for nothing; `reduction` is mean (default,
+    over the weights), sum or none.
+    """
+
+    attributes = {"ignore_index": int, "reduction": str}
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        check_labels(node, *types)
-        need(node.attributes.get("reduction", "mean") == "mean", node, "only the mean reduction is supported")
-        return [SCALAR]
+        scores, labels, weight = first(types), types[1], at(types, 2)
+        assert labels is not None
+        fits = len(scores.shape) >= 2 and len(labels.shape) == len(scores.shape) - 1 and is_float(scores.dtype)
+        fits = fits and all(map(same_dim, labels.shape, (scores.shape[0], *scores.shape[2:])))
+        wanted = f"[{', '.join(map(str, (*scores.shape[:1], *scores.shape[2:])))}]"
+        need(
+            fits and labels.dtype in (np.int32, np.int64),
+            node,
+            f"scores are {scores}, labels must be int64 {wanted}, got {labels}",
+        )
+        fits = weight is None or same_type(weight, TensorType(scores.dtype, scores.shape[1:2]))
+        need(fits, node, f"scores are {scores} but the weights of the classes {weight}")
+        reduction = node.attributes.get("reduction", "mean")
+        need(reduction in ("mean", "sum", "none"), node, f"unknown reduction {reduction!r}")
+        loss = TensorType(scores.dtype, labels.shape if reduction == "none" else ())
+        return [loss, scores][: len(node.outputs)]
+
+    def _loss(self, node: Node, log_probability: Array, inputs: Sequence[Any]) -> Array:
+        """A label outside of the classes makes NaN."""
+        labels, weight = inputs[1].astype(np.int64), at(inputs, 2)
+        classes = log_probability.shape[1]
+        known = (labels >= 0) & (labels < classes)
+        index = np.where(known, labels, 0)
+        picked = np.take_along_axis(log_probability, index[:, None], axis=1)[:, 0]
+        share = np.ones(labels.shape) if weight is None else wide(weight).astype(np.float64)[index]
+        loss = np.where(known, -picked * share, np.nan)
+        if "ignore_index" in node.attributes:
+            ignored = labels == node.attributes["ignore_index"]
+            loss, share = np.where(ignored, 0.0, loss), np.where(ignored, 0.0, share)
+        reduction = node.attributes.get("reduction", "mean")
+        if reduction == "mean":
+            with np.errstate(invalid="ignore", divide="ignore"):
+                loss = loss.sum() / share.sum()
+        return narrow(loss.sum() if reduction == "sum" else loss, inputs[0].dtype)
+
+
+class NegativeLogLikelihoodLoss(Likelihood):
+    """ONNX NegativeLogLikelihoodLoss: the scores are log probabilities."""
+
+    name = "NegativeLogLikelihoodLoss"
+    arity = (2, 3)
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        return super().infer(node, types, constants)[:1]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        return [np.asarray(mean_cross_entropy(*inputs), FLOAT)]
+        return [self._loss(node, wide(inputs[0]).astype(np.float64), inputs)]
+
+
+class SoftmaxCrossEntropyLoss(Likelihood):
+    """ONNX SoftmaxCrossEntropyLoss; a second output is the log probabilities.
+
+    The mean over float32 logits [batch, classes] and int64 labels, neither weighed nor ignored, has kernels and a gradient.
+    """
+
+    name = "SoftmaxCrossEntropyLoss"
+    arity = (2, 3)
+    differentiable = True
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        log_probability = log_softmax(inputs[0], axis=1)
+        loss = self._loss(node, log_probability, inputs)
+        return [loss, narrow(log_probability, inputs[0].dtype)][: len(node.outputs)]
+
+    def _plain(self, node: Node) -> bool:
+        mean = node.attributes.get("reduction", "mean") == "mean" and "ignore_index" not in node.attributes
+        return mean and not node.input(2) and len(node.outputs) == 1
 
     def gradient(self, node: Node, tape: Tape, dy: str) -> None:
+        need(self._plain(node), node, "has a gradient only as the plain mean over the batch")
         if tape.wants(node.inputs[0]):
             tape.add(node.inputs[0], tape.emit("SoftmaxCrossEntropyLossGrad", [dy, *node.inputs]))
 
     def bind(self, node: Node, binder: Binder) -> bool:
-        binder.step(_core.cross_entropy, *map(binder.rows, node.inputs), binder.output(node.outputs[0]))
+        logits, labels = map(binder.rows, node.inputs[:2])
+        if not self._plain(node) or len(logits.shape) != 2 or labels.dtype != np.int64:
+            return False
+        binder.step(_core.cross_entropy, logits, labels, binder.output(node.outputs[0]))
         return True
 
 
@@ -100,6 +162,10 @@ class SoftmaxCrossEntropyLossGrad(LossGrad):
     name = "SoftmaxCrossEntropyLossGrad"
     loss = SoftmaxCrossEntropyLoss
     arity = (3, 3)
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        check_labels(node, *types[1:])
+        return super().infer(node, types, constants)
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         dloss, logits, labels = inputs
@@ -266,6 +332,7 @@ def bind_distillation(kernel: Any, node: Node, binder: Binder) -> None:
 
 
 OPERATORS = (
+    NegativeLogLikelihoodLoss,
     SoftmaxCrossEntropyLoss,
     SoftmaxCrossEntropyLossGrad,
     MeanSquaredError,

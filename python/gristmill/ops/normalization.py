@@ -1,56 +1,85 @@
-"""LayerNormalization, Softmax and LpNormalization over the last dimension, and their gradients."""
+"""LayerNormalization, Softmax, LogSoftmax and LpNormalization, and the gradients of those over the last dimension."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from gristmill import _core
-from gristmill.ops.op import GRAD, Binder, Node, Op, Tape, TensorType, as_rows, need, same_type
+from gristmill.ops.axes import axis_of, first
+from gristmill.ops.dtypes import dtype_of, narrow, wide
+from gristmill.ops.op import GRAD, Binder, Dim, Node, Op, Tape, TensorType, as_rows, need, same_dim, same_type
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
 
 EPSILON = 1e-5  # what ONNX takes where a node does not say
 
 
-def last_axis(node: Node, x: TensorType, default: int) -> None:
-    axis = node.attributes.get("axis", default)
-    need(len(x.shape) >= 1, node, f"{x} has no last axis")
-    need(axis in (-1, len(x.shape) - 1), node, f"axis {axis} of {x}: only the last axis is supported")
+def last(axis: int, rank: int) -> bool:
+    return axis in (-1, rank - 1)
 
 
 def centred(x: Array, epsilon: float) -> tuple[Array, Array]:
     """Return the normalised x and 1 / standard deviation, in float64."""
-    wide = x.astype(np.float64)
-    mean = wide.mean(axis=-1, keepdims=True)
-    inverse = 1.0 / np.sqrt(((wide - mean) ** 2).mean(axis=-1, keepdims=True) + epsilon)
-    return (wide - mean) * inverse, inverse
+    wider = x.astype(np.float64)
+    mean = wider.mean(axis=-1, keepdims=True)
+    inverse = 1.0 / np.sqrt(((wider - mean) ** 2).mean(axis=-1, keepdims=True) + epsilon)
+    return (wider - mean) * inverse, inverse
+
+
+def normalized_axes(node: Node, x: TensorType, *factors: TensorType | None) -> int:
+    """Return the first of the dimensions that are normalised, after checking that scale and bias broadcast to these."""
+    axis = axis_of(node, node.attributes.get("axis", -1), len(x.shape))
+    for factor in factors:
+        fits = factor is None or (factor.dtype == x.dtype and _broadcasts(factor.shape, x.shape))
+        wanted = TensorType(x.dtype, x.shape[axis:])
+        need(fits, node, f"scale and bias must be {wanted}, got {factor}")
+    return axis
+
+
+def _broadcasts(shape: tuple[Dim, ...], whole: tuple[Dim, ...]) -> bool:
+    trailing = whole[len(whole) - len(shape) :]
+    return len(shape) <= len(whole) and all(dim == 1 or same_dim(dim, full) for dim, full in zip(shape, trailing, strict=True))
 
 
 class LayerNormalization(Op):
-    """y = (x - mean) / sqrt(variance + epsilon) * scale + bias over the last dimension (ONNX opset 17, axis -1)."""
+    """y = (x - mean) / sqrt(variance + epsilon) * scale + bias over the dimensions from `axis` on (ONNX opset 17).
+
+    Optional outputs are the mean and 1 / standard deviation. The last dimension alone has a gradient.
+    """
 
     name = "LayerNormalization"
     arity = (2, 3)
-    attributes = {"axis": int, "epsilon": float}
+    attributes = {"axis": int, "epsilon": float, "stash_type": str}
     differentiable = True
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        x = types[0]
-        assert x is not None
-        last_axis(node, x, -1)
-        wanted = TensorType(x.dtype, x.shape[-1:])
-        for value in types[1:]:
-            need(value is None or value == wanted, node, f"scale and bias must be {wanted}, got {value}")
-        return [x]
+        x = first(types)
+        axis = normalized_axes(node, x, *types[1:])
+        ones: tuple[Dim, ...] = (1,) * (len(x.shape) - axis)
+        moment = TensorType(dtype_of(node.attributes.get("stash_type", "float32")), (*x.shape[:axis], *ones))
+        return [x, moment, moment][: len(node.outputs)]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         x, gamma, beta = (*inputs, None)[:3]
-        y = centred(x, node.attributes.get("epsilon", EPSILON))[0] * gamma
-        return [np.asarray(y if beta is None else y + beta, x.dtype)]
+        axes = tuple(range(axis_of(node, node.attributes.get("axis", -1), x.ndim), x.ndim))
+        wider = x.astype(np.float64)
+        mean = wider.mean(axis=axes, keepdims=True)
+        variance = ((wider - mean) ** 2).mean(axis=axes, keepdims=True)
+        inverse = 1.0 / np.sqrt(variance + node.attributes.get("epsilon", EPSILON))
+        y = (wider - mean) * inverse * wide(gamma)
+        stash = dtype_of(node.attributes.get("stash_type", "float32"))
+        made = [narrow(y if beta is None else y + wide(beta), x.dtype), narrow(mean, stash), narrow(inverse, stash)]
+        return made[: len(node.outputs)]
 
     def gradient(self, node: Node, tape: Tape, dy: str) -> None:
         x, gamma, beta = node.input(0), node.input(1), node.input(2)
+        kind = tape.type(x)
+        plain = last(node.attributes.get("axis", -1), len(kind.shape)) and same_type(
+            tape.type(gamma), TensorType(kind.dtype, kind.shape[-1:])
+        )
+        need(plain, node, f"has a gradient over the last dimension of {kind} alone, with a scale for each of its elements")
         if tape.wants(x) or tape.wants(gamma):
             attributes = {"epsilon": node.attributes.get("epsilon", EPSILON)}
             made = tape.emit_all("LayerNormalizationGrad", [dy, x, gamma], attributes, outputs=2 if tape.wants(gamma) else 1)
@@ -63,14 +92,22 @@ class LayerNormalization(Op):
     def separable(
         self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
     ) -> bool:
-        return list(split) == [True] + [False] * (len(split) - 1) and len(made[0].shape) > 1
+        rank = len(made[0].shape)
+        alone = list(split) == [True] + [False] * (len(split) - 1)
+        return alone and rank > 1 and axis_of(node, node.attributes.get("axis", -1), rank) > 0
 
     def bind(self, node: Node, binder: Binder) -> bool:
-        x, out = binder.rows(node.inputs[0]), binder.output(node.outputs[0])
-        shape = as_rows(x.shape)
-        beta = binder.array(node.input(2)) if node.input(2) else None
+        x = binder.rows(node.inputs[0])
+        axis = axis_of(node, node.attributes.get("axis", -1), len(x.shape))
+        factors = [binder.array(name) if name else None for name in (node.input(1), node.input(2))]
+        whole = all(factor is None or factor.shape == x.shape[axis:] for factor in factors)
+        if not whole or len(node.outputs) > 1:
+            return False
+        rows, columns = prod(x.shape[:axis]), prod(x.shape[axis:])
+        gamma, beta = (None if factor is None else factor.reshape(columns) for factor in factors)
+        out = binder.output(node.outputs[0]).reshape(rows, columns)
         epsilon = node.attributes.get("epsilon", EPSILON)
-        binder.step(_core.layer_norm, x.reshape(*shape), binder.array(node.inputs[1]), beta, epsilon, out.reshape(*shape))
+        binder.step(_core.layer_norm, x.reshape(rows, columns), gamma, beta, epsilon, out)
         return True
 
 
@@ -109,16 +146,23 @@ class LayerNormalizationGrad(Op):
         return True
 
 
-def softmax(x: Array) -> Array:
-    """The softmax over the last dimension, in float64."""
-    wide = x.astype(np.float64)
+def softmax(x: Array, axis: int = -1) -> Array:
+    """The softmax along a dimension, in float64; in float16 every step rounds, as in the standard's definition."""
+    wider = x if x.dtype == np.float16 else x.astype(np.float64)
     with np.errstate(invalid="ignore"):
-        e = np.exp(wide - wide.max(axis=-1, keepdims=True, initial=-np.inf))
-        return e / e.sum(axis=-1, keepdims=True)
+        e = np.exp(wider - wider.max(axis=axis, keepdims=True, initial=-np.inf))
+        return e / e.sum(axis=axis, keepdims=True)
+
+
+def log_softmax(x: Array, axis: int = -1) -> Array:
+    """The logarithm of the softmax along a dimension, in float64."""
+    wider = x.astype(np.float64)
+    shifted = wider - wider.max(axis=axis, keepdims=True, initial=-np.inf)
+    return shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True))
 
 
 class Softmax(Op):
-    """ONNX Softmax over the last dimension."""
+    """ONNX Softmax along a dimension; the last has kernels."""
 
     name = "Softmax"
     arity = (1, 1)
@@ -126,22 +170,38 @@ class Softmax(Op):
     differentiable = True
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
-        assert types[0] is not None
-        last_axis(node, types[0], -1)
-        return [types[0]]
+        axis_of(node, node.attributes.get("axis", -1), len(first(types).shape))
+        return [first(types)]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
-        return [softmax(inputs[0]).astype(inputs[0].dtype)]
+        return [narrow(softmax(inputs[0], node.attributes.get("axis", -1)), inputs[0].dtype)]
 
     def gradient(self, node: Node, tape: Tape, dy: str) -> None:
         if tape.wants(node.inputs[0]):
-            tape.add(node.inputs[0], tape.emit("SoftmaxGrad", [dy, node.outputs[0]]))
+            tape.add(node.inputs[0], tape.emit("SoftmaxGrad", [dy, node.outputs[0]], node.attributes))
 
     def bind(self, node: Node, binder: Binder) -> bool:
-        x, out = binder.rows(node.inputs[0]), binder.output(node.outputs[0])
+        x = binder.rows(node.inputs[0])
+        if not last(node.attributes.get("axis", -1), len(x.shape)):
+            return False
         shape = as_rows(x.shape)
-        binder.step(_core.softmax, x.reshape(*shape), out.reshape(*shape))
+        binder.step(_core.softmax, x.reshape(*shape), binder.output(node.outputs[0]).reshape(*shape))
         return True
+
+
+class LogSoftmax(Op):
+    """The logarithm of the softmax along a dimension."""
+
+    name = "LogSoftmax"
+    arity = (1, 1)
+    attributes = {"axis": int}
+
+    def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
+        axis_of(node, node.attributes.get("axis", -1), len(first(types).shape))
+        return [first(types)]
+
+    def reference(self, node: Node, *inputs: Any) -> list[Array]:
+        return [narrow(log_softmax(inputs[0], node.attributes.get("axis", -1)), inputs[0].dtype)]
 
 
 class SoftmaxGrad(Op):
@@ -150,19 +210,24 @@ class SoftmaxGrad(Op):
     name = "SoftmaxGrad"
     domain = GRAD
     arity = (2, 2)
+    attributes = {"axis": int}
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         assert types[1] is not None
-        need(len(types[1].shape) >= 1 and same_type(types[0], types[1]), node, f"dy is {types[0]} but y is {types[1]}")
+        axis_of(node, node.attributes.get("axis", -1), len(types[1].shape))
+        need(same_type(types[0], types[1]), node, f"dy is {types[0]} but y is {types[1]}")
         return [types[1]]
 
     def reference(self, node: Node, *inputs: Any) -> list[Array]:
         dy, y = inputs[0].astype(np.float64), inputs[1].astype(np.float64)
-        return [(y * (dy - (dy * y).sum(axis=-1, keepdims=True))).astype(inputs[1].dtype)]
+        axis = node.attributes.get("axis", -1)
+        return [narrow(y * (dy - (dy * y).sum(axis=axis, keepdims=True)), inputs[1].dtype)]
 
     def bind(self, node: Node, binder: Binder) -> bool:
-        dy, y, dx = binder.rows(node.inputs[0]), binder.rows(node.inputs[1]), binder.output(node.outputs[0])
-        shape = as_rows(y.shape)
+        dy, y = binder.rows(node.inputs[0]), binder.rows(node.inputs[1])
+        if not last(node.attributes.get("axis", -1), len(y.shape)):
+            return False
+        shape, dx = as_rows(y.shape), binder.output(node.outputs[0])
         binder.step(_core.softmax_grad, dy.reshape(*shape), y.reshape(*shape), dx.reshape(*shape))
         return True
 
@@ -242,6 +307,7 @@ OPERATORS = (
     LayerNormalizationGrad,
     Softmax,
     SoftmaxGrad,
+    LogSoftmax,
     LpNormalization,
     LpNormalizationGrad,
 )

@@ -8,6 +8,7 @@ binds the steps to addresses. Steps between two Python references form one C seg
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from gristmill.ops import Node, find
 from gristmill.ops.op import as_rows, refusal
 from gristmill.runtime.arena import FOREVER, Buffer, Memory, place
 from gristmill.runtime.shapes import Shapes
-from gristmill.tensor import Quantized, Sparse, Tensor, is_int8
+from gristmill.tensor import BFloat16, Quantized, Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
 
 
@@ -65,10 +66,15 @@ class Weights:
 
 
 def weight_view(tensor: Tensor, trained: Array | None = None) -> _core.Weight:
-    """Return the kernel's view of a matrix, its values or its scales replaced by memory that somebody else updates."""
-    shape = (tensor.shape[0], tensor.shape[1])
+    """Return the kernel's view of a matrix, its values or its scales replaced by memory that somebody else updates.
+
+    A tensor of more dimensions is a matrix of its first and all others.
+    """
+    shape = (tensor.shape[0], prod(tensor.shape[1:]))
     if tensor.kind == "dense":
         return _core.Weight((tensor.trainable if trained is None else trained).reshape(shape), shape)
+    if isinstance(tensor, BFloat16):
+        return _core.Weight(tensor.codes if trained is None else trained.reshape(shape), shape)
     if tensor.kind == "quantized":
         return _core.Weight(tensor.codes, shape, tensor.scale if trained is None else trained)  # type: ignore[union-attr]
     assert isinstance(tensor, Sparse)
@@ -119,7 +125,7 @@ class Layout:
         self.precision, self.low_precision = options.precision, options.low_precision
         self.steps: list[Step] = []
         self.scales: dict[str, Buffer] = {}
-        self.panels: dict[tuple[str, str], tuple[Buffer, Buffer]] = {}
+        self.panels: dict[tuple[str, str, tuple[float, int] | None], tuple[Buffer, Buffer]] = {}
         self.inputs = {name: self._fresh(name, "rows") for name in model.inputs}
         self.forms: dict[str, dict[str, Buffer]] = {name: {"rows": buffer} for name, buffer in self.inputs.items()}
         for node in model.nodes:
@@ -156,21 +162,40 @@ class Layout:
         layout = next(iter(self.forms.get(name, {})), "rows")
         return (self.lanes(name) if layout == "lanes" else self.rows(name)), layout
 
-    def codes(self, name: str, layout: str) -> tuple[Buffer, Buffer, int]:
-        """A value quantised per row into a panel: codes, scales and the number of rows. Made once and shared."""
+    def codes(self, name: str, layout: str, static: tuple[float, int] | None = None) -> tuple[Buffer, Buffer, int]:
+        """A value quantised into a panel, per row or with a static scale and zero point: codes, scales and the number of rows.
+
+        Made once and shared.
+        """
         m, k = as_rows(self._shape(name))
-        if (name, layout) not in self.panels:
+        key = (name, layout, static)
+        if key not in self.panels:
             x, form = self.stored(name)
             x = x if form == "lanes" else x.reshape(m, k)
             codes, scales = self.scratch(_core.codes_nbytes(m, k, layout)), Buffer((m,), np.float32)
-            self.step(_core.quantize_activations, x, form == "lanes", layout, codes, scales)
-            self.panels[name, layout] = (codes, scales)
-        return (*self.panels[name, layout], m)
+            self.step(_core.quantize_activations, x, form == "lanes", layout, codes, scales, *(static or ()))
+            self.panels[key] = (codes, scales)
+        return (*self.panels[key], m)
 
     def output(self, name: str, layout: str = "rows") -> Buffer:
         """A new buffer for a value that the present node makes."""
         self.forms[name] = {layout: self._fresh(name, layout)}
         return self.forms[name][layout]
+
+    def alias(self, name: str, buffer: Buffer) -> bool:
+        """Let a value that the present node makes be another buffer under its own shape: no step, no copy.
+
+        Where the value is bound to memory of its own it gets a copy; False if it cannot get one here.
+        """
+        if prod(buffer.shape) != prod(self._shape(name)):
+            raise ValueError(f"{buffer.shape} cannot be seen as {self._shape(name)}")
+        if name not in self.bound:
+            self.forms[name] = {"rows": buffer.reshape(*self._shape(name))}
+        elif buffer.dtype == np.float32:
+            self.step(_core.scale, buffer, 1.0, self.output(name).reshape(*buffer.shape))
+        else:
+            return False
+        return True
 
     def scratch(self, nbytes: int) -> Buffer:
         return Buffer((nbytes,), np.uint8)
@@ -225,17 +250,18 @@ class Layout:
             array = np.ascontiguousarray(self.values[name]).reshape(self.values[name].shape)
             return Buffer(array.shape, array.dtype, array)
         tensor, trained = self.model.tensors[name], self.trainable.get(name)
-        if trained is not None and tensor.kind != "dense":
+        if trained is not None and tensor.kind not in ("dense", "bf16"):
             raise ModelError(f"'{name}' trains in {tensor.kind} form, which nothing but a Linear can read")
         array = np.asarray(tensor.dense(), order="C") if trained is None else trained
         return Buffer(array.shape, array.dtype, array)
 
     def _bind(self, node: Node) -> bool:
         """Append a node's kernel steps if it has any. Kernels are float32; only losses read anything else, their labels."""
-        if any(self.types[name].dtype != np.float32 for name in node.outputs):
+        op = find(node)
+        if not op.every_dtype and any(self.types[name].dtype != np.float32 for name in node.outputs):
             return False
         try:
-            return find(node).bind(node, self)
+            return op.bind(node, self)
         except (TypeError, ValueError) as error:
             raise refusal(node, error) from error
 
@@ -341,7 +367,7 @@ def _reference(node: Node, args: list[Any], outputs: list[Array]) -> Callable[[]
         values = [arg() if callable(arg) else arg for arg in args]
         try:
             made = op.reference(node, *values)
-        except (TypeError, ValueError, IndexError, ArithmeticError) as error:
+        except (TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise refusal(node, error) from error
         for out, value in zip(outputs, made, strict=True):
             if np.shape(value) != out.shape:

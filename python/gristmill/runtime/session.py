@@ -329,7 +329,7 @@ def _quantized(model: Model, trainable: Mapping[str, Array]) -> Model:
     tensors: dict[str, Tensor] = {}
     for name in model.weights:
         tensor = model.tensors[name]
-        if tensor.kind == "dense" and name not in trainable:
+        if tensor.kind in ("dense", "bf16") and name not in trainable:
             tensors[name] = Quantized.from_dense(tensor.dense())
     return model.replace(tensors=tensors)
 

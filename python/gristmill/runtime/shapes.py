@@ -5,10 +5,11 @@ Shape arithmetic (Shape, Gather, Concat ... Reshape) is evaluated here, when a r
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 from gristmill.model import Model
-from gristmill.ops import Node, TensorType, find
-from gristmill.ops.op import UNKNOWN, Undetermined, refusal
+from gristmill.ops import Node, TensorType, find, types_made
+from gristmill.ops.op import UNKNOWN, Undetermined, need, refusal
 from gristmill.tensor import Dense
 from gristmill.tensor.parts import Array
 
@@ -37,7 +38,10 @@ def determine(model: Model, given: Mapping[str, TensorType], trainable: Mapping[
         if any(kind is not None and not kind.known for kind in kinds):
             made = None
         else:
-            made = _fold(node, model, kinds, shapes, trainable) or _infer(node, model, kinds, shapes)
+            made = _infer(node, model, kinds, shapes)
+            # Nothing is computed before its size is known. Where that depends on values (NonZero), small inputs bound it.
+            if made is None or all(prod(kind.extents) <= FOLDED for kind in made):
+                made = _fold(node, model, kinds, shapes, trainable) or made
         if made is None:
             made = [UNKNOWN] * len(node.outputs)
             shapes.pending.append(node)
@@ -52,10 +56,11 @@ def _fold(
     values = [None if name in trainable else _small(name, model, shapes) for name in node.inputs]
     try:
         made = find(node).known(node, kinds, values)
-    except (TypeError, ValueError, IndexError, ArithmeticError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise refusal(node, error) from error
     if made is None or any(value.size > FOLDED for value in made):
         return None
+    need(len(made) == len(node.outputs), node, f"makes {len(made)} outputs, {len(node.outputs)} are named")
     shapes.values.update(zip(node.outputs, made, strict=True))
     return [TensorType(value.dtype, value.shape) for value in made]
 
@@ -72,7 +77,7 @@ def _infer(node: Node, model: Model, kinds: list[TensorType | None], shapes: Sha
     known = {name: Dense(shapes.values[name]) for name in node.inputs if name in shapes.values}
     constants = [model.tensors.get(name) or known.get(name) for name in node.inputs]
     try:
-        made = find(node).infer(node, kinds, constants)
+        made = types_made(node, kinds, constants)
     except Undetermined:
         return None
     concrete = all(isinstance(dim, int) for kind in made for dim in kind.shape)

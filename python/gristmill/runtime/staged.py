@@ -10,7 +10,7 @@ import numpy as np
 
 from gristmill.model import Model
 from gristmill.ops import Node, TensorType, find
-from gristmill.ops.op import refusal
+from gristmill.ops.op import need, refusal
 from gristmill.runtime.shapes import Shapes
 from gristmill.tensor.parts import Array
 
@@ -56,9 +56,11 @@ class Stage:
             for index, name in enumerate(node.inputs)
         ]
         try:
-            return [np.asarray(value) for value in op.reference(node, *args)]
-        except (TypeError, ValueError, IndexError, ArithmeticError) as error:
+            made = [np.asarray(value) for value in op.reference(node, *args)]
+        except (TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise refusal(node, error) from error
+        need(len(made) == len(node.outputs), node, f"makes {len(made)} outputs, {len(node.outputs)} are named")
+        return made
 
     def _follow(self, values: Mapping[str, Array]) -> dict[str, Array]:
         read = {name for node in self._later for name in node.inputs if name and name not in self.model.tensors}

@@ -239,7 +239,7 @@ def fingerprint(model: Model, trained: list[str]) -> int:
     graph = [(n.op, n.domain, n.inputs, n.outputs, sorted(n.attributes.items())) for n in model.nodes]
     total = zlib.crc32(repr(graph).encode())
     for name, tensor in model.tensors.items():
-        parts = {} if name in trained and tensor.kind == "dense" else tensor.parts()
+        parts = {} if name in trained and tensor.kind in ("dense", "bf16") else tensor.parts()
         for part in parts.values():
             total = zlib.crc32(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data, total)
     return total

@@ -33,7 +33,7 @@ typedef struct fc_attention_product {
 } fc_attention_product;
 typedef void fc_attention_product_f32_fn(const fc_attention_product *product);
 
-/* panels[j / 32][d][j % 32] = keys[j * stride + d]; the last panel is padded with zeros. Exact. */
+/* panels[j / 32][d][j % 32] = keys[j * stride + d], j < count; the rest of the last panel is left to chance. Exact. */
 typedef void fc_attention_panels_f32_fn(const float *keys, int64_t stride, int64_t count, int64_t width, float *panels);
 
 /* x = exp2(factor * x - max(factor * x)) along each of `rows` rows of n >= 1, factor >= 0, in place; inverse[i] = 1 / the row's
@@ -46,8 +46,46 @@ typedef void fc_attention_softmax_f32_fn(float *x, int64_t stride, int64_t rows,
 typedef void fc_attention_softmax_grad_f32_fn(float *p, float *dp, int64_t stride, int64_t rows, int64_t n, const float *inverse,
                                               float factor);
 
+/* The same in bf16 with float32 sums and softmax. A pair is two bf16 in 32 bits, the first in the low half; a lone last one has
+ * a 0 beside it. Numbers are rounded to nearest even, subnormal ones to 0. */
+
+/* c[i * c_stride + j] = gain[i] * sum over pairs d of a[i * a_row + d] * b[j / 32 * b_panel + d * 32 + j % 32], both of a pair;
+ * gain may be NULL, for 1. The order of the additions is one for all i, j. Reads nothing but existing columns of b. */
+typedef struct fc_attention_product16 {
+    int64_t rows, cols, depth; /* the depth in pairs */
+    const uint32_t *a;
+    int64_t a_row;
+    const uint32_t *b;
+    int64_t b_panel;
+    float *c;
+    int64_t c_stride;
+    const float *gain;
+} fc_attention_product16;
+typedef void fc_attention_product_bf16_fn(const fc_attention_product16 *product);
+
+/* out[i * pairs + d] = the pair x[i * stride + 2 d], x[i * stride + 2 d + 1]; pairs = (width + 1) / 2. */
+typedef void fc_attention_round_bf16_fn(const float *x, int64_t stride, int64_t rows, int64_t width, uint32_t *out);
+
+/* panels[j / 32][d][j % 32] = the pair of columns 2 d, 2 d + 1 of row j of the keys, j < count. */
+typedef void fc_attention_panels_bf16_fn(const float *keys, int64_t stride, int64_t count, int64_t width, uint32_t *panels);
+
+/* panels[j / 32][d][j % 32] = the pair of rows 2 d, 2 d + 1 of column j of the values, j < width. */
+typedef void fc_attention_columns_bf16_fn(const float *values, int64_t stride, int64_t count, int64_t width, uint32_t *panels);
+
+/* As attention_softmax_f32, to a relative error of 2^-16, but the first (n + 1) / 2 words of each row become pairs. The sums are
+ * of what has not been rounded. */
+typedef void fc_attention_softmax_bf16_fn(float *x, int64_t stride, int64_t rows, int64_t n, float factor, float *inverse);
+
 #define FC_ATTENTION_SLOTS(SLOT)                                                                                                 \
-    SLOT(attention_product_f32) SLOT(attention_panels_f32) SLOT(attention_softmax_f32) SLOT(attention_softmax_grad_f32)
+    SLOT(attention_product_f32)                                                                                                  \
+    SLOT(attention_panels_f32)                                                                                                   \
+    SLOT(attention_softmax_f32)                                                                                                  \
+    SLOT(attention_softmax_grad_f32)                                                                                             \
+    SLOT(attention_product_bf16)                                                                                                 \
+    SLOT(attention_round_bf16)                                                                                                   \
+    SLOT(attention_panels_bf16)                                                                                                  \
+    SLOT(attention_columns_bf16)                                                                                                 \
+    SLOT(attention_softmax_bf16)
 
 /* ---- steps (drive.c) ---- */
 
@@ -59,6 +97,7 @@ typedef void fc_attention_softmax_grad_f32_fn(float *p, float *dp, int64_t strid
 typedef struct fc_attention_args {
     int64_t batch, queries, keys, heads, width;
     float scale;
+    int is_bf16; /* fc_attention only: round q, k, v and the probabilities to bf16 */
     const float *q, *k, *v;
     const int64_t *mask;      /* [batch, keys], or NULL; */
     const uint8_t *mask_bool; /* the same as bytes; at most one of the two */
@@ -72,12 +111,13 @@ typedef struct fc_attention_args {
 void fc_attention(const void *args, int rank, int size);
 void fc_attention_grad(const void *args, int rank, int size);
 /* Bytes of scratch of either step for at most `keys` keys in a sequence on `threads` threads; with less, they use fewer. */
-int64_t fc_attention_scratch(int64_t keys, int64_t width, int threads);
+int64_t fc_attention_scratch(int64_t keys, int64_t width, int threads); /* of either precision */
 int64_t fc_attention_grad_scratch(int64_t keys, int64_t width, int threads);
 
 struct fc_table;
 void fc_attention_install_scalar(struct fc_table *table);
 void fc_attention_install_avx2(struct fc_table *table);
 void fc_attention_install_avx512(struct fc_table *table);
+void fc_attention_install_avx512bf16(struct fc_table *table);
 
 #endif

@@ -3,6 +3,7 @@ cdef extern from "attention/attention.h" nogil:
     ctypedef struct fc_attention_args:
         int64_t batch, queries, keys, heads, width
         float scale
+        int is_bf16
         const float *q
         const float *k
         const float *v
@@ -59,6 +60,12 @@ cdef int attended_of(fc_attention_args *a, q, k, v, mask, offsets, int64_t heads
     return 0
 
 
+cdef int is_bf16(str precision) except -1:
+    if precision not in ("float32", "bf16"):
+        raise ValueError(f"precision must be float32 or bf16, got {precision!r}")
+    return precision == "bf16"
+
+
 cdef int add_attention(Program program, fc_attention_args *a, out, tuple inputs) except -1:
     if a.scratch_bytes < fc_attention_scratch(a.keys, a.width, 1):
         raise ValueError("scratch: too small for one thread")
@@ -78,20 +85,26 @@ cdef int add_attention_grad(Program program, fc_attention_args *a, dout, dq, dk,
 
 def masked_attention(
     Program program, q not None, k not None, v not None, mask, int64_t heads, float scale, out not None, scratch not None,
+    str precision="float32",
 ):
-    """Append out[B,L,H*W] = softmax(scale q k^T) v per head; keys whose mask[B,S] is 0 do not count."""
+    """Append out[B,L,H*W] = softmax(scale q k^T) v per head; keys whose mask[B,S] is 0 do not count.
+
+    precision "bf16" rounds q, k, v and the probabilities; sums are float32.
+    """
     cdef fc_attention_args a
     attended_of(&a, q, k, v, mask, None, heads, scale, scratch)
+    a.is_bf16 = is_bf16(precision)
     add_attention(program, &a, out, (q, k, v, mask, scratch))
 
 
 def packed_attention(
     Program program, q not None, k not None, v not None, offsets not None, int64_t heads, float scale, out not None,
-    scratch not None,
+    scratch not None, str precision="float32",
 ):
     """Append the same within each segment offsets[s] to offsets[s + 1] of q, k, v [rows, H*W]."""
     cdef fc_attention_args a
     attended_of(&a, q, k, v, None, offsets, heads, scale, scratch)
+    a.is_bf16 = is_bf16(precision)
     add_attention(program, &a, out, (q, k, v, offsets, scratch))
 
 

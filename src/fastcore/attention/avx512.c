@@ -5,14 +5,10 @@
  * instructions per 16 scores, two thirds of them on the same port: 64 FMAs per 16 scores at width 32, so an eighth of the time.
  */
 #include "../fastcore.h"
-#include "body.h"
 
 #ifdef FC_X86
 FC_TARGET_AVX512
-
-enum { MR = FC_ATTENTION_ROWS, LANES = 16, QUAD = 4 };
-
-FC_INLINE __mmask16 first_lanes(int64_t n) { return n >= LANES ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
+#include "lanes512.h"
 
 /* One tile of rows x vectors; `last` says which lanes of the last vector exist. */
 FC_INLINE void tile(const int rows, const int vectors, const fc_attention_product *p, const float *a, const float *b, float *c,
@@ -117,7 +113,7 @@ FC_INLINE void transpose16(const float *in, int64_t stride, int rows, int column
 static void attention_panels_f32_avx512(const float *keys, int64_t stride, int64_t count, int64_t width, float *panels) {
     for (int64_t j = 0; j < count; j += FC_ATTENTION_PANEL, panels += FC_ATTENTION_PANEL * width)
         for (int half = 0; half < FC_ATTENTION_PANEL; half += LANES)
-            for (int64_t d = 0; d < width; d += LANES) {
+            for (int64_t d = 0; d < width && j + half < count; d += LANES) {
                 const float *in = keys + (j + half) * stride + d;
                 float *out = panels + d * FC_ATTENTION_PANEL + half;
                 const int64_t rows = count - j - half, columns = width - d;
@@ -128,35 +124,29 @@ static void attention_panels_f32_avx512(const float *keys, int64_t stride, int64
             }
 }
 
-/* fc_exp2 of 16 numbers. */
-FC_INLINE __m512 exp2_of(__m512 x) {
-    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 f = _mm512_sub_ps(x, n);
-    __m512 p = _mm512_set1_ps(fc_exp2_terms[4]);
-#pragma GCC unroll 4
-    for (int t = 3; t >= 0; t--) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(fc_exp2_terms[t]));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    /* "Not less" lets NaN through. */
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), p, n);
-}
-
 static void attention_softmax_f32_avx512(float *x, int64_t stride, int64_t rows, int64_t n, float factor, float *inverse) {
-    const __m512 gain = _mm512_set1_ps(factor), bottom = _mm512_set1_ps(-__builtin_inff());
+    const __m512 gain = _mm512_set1_ps(factor);
     const int64_t whole = (n - 1) / LANES * LANES;
     const __mmask16 last = first_lanes(n - whole);
-    for (int64_t i = 0; i < rows; i++, x += stride) {
-        __m512 top = _mm512_mask_loadu_ps(bottom, last, x + whole);
-        for (int64_t j = 0; j < whole; j += LANES) top = _mm512_max_ps(top, _mm512_loadu_ps(x + j));
-        const __m512 shift = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(top)), gain);
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t j = 0; j < whole; j += LANES) {
-            const __m512 e = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(x + j), gain, shift));
-            _mm512_storeu_ps(x + j, e);
-            sum = _mm512_add_ps(sum, e);
+    for (int64_t i = 0; i < rows; i += GROUP, x += GROUP * stride) {
+        const int group = rows - i < GROUP ? (int)(rows - i) : GROUP;
+        float shift[GROUP];
+        __m512 sums[GROUP];
+        _mm512_storeu_ps(shift, _mm512_mul_ps(row_maxima(x, stride, group, n), gain));
+        for (int r = 0; r < group; r++) {
+            float *row = x + r * stride;
+            const __m512 down = _mm512_set1_ps(shift[r]);
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t j = 0; j < whole; j += LANES) {
+                const __m512 e = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(row + j), gain, down), fc_exp2_terms, 5);
+                _mm512_storeu_ps(row + j, e);
+                sum = _mm512_add_ps(sum, e);
+            }
+            const __m512 e = exp2_of(_mm512_fmsub_ps(_mm512_maskz_loadu_ps(last, row + whole), gain, down), fc_exp2_terms, 5);
+            _mm512_mask_storeu_ps(row + whole, last, e);
+            sums[r] = _mm512_mask_add_ps(sum, last, sum, e);
         }
-        const __m512 e = exp2_of(_mm512_fmsub_ps(_mm512_maskz_loadu_ps(last, x + whole), gain, shift));
-        _mm512_mask_storeu_ps(x + whole, last, e);
-        inverse[i] = 1.0f / _mm512_reduce_add_ps(_mm512_mask_add_ps(sum, last, sum, e));
+        store_inverse(sums, group, inverse + i);
     }
 }
 

@@ -29,21 +29,23 @@ static int64_t block_rows(int64_t keys) {
 /* ---- scratch: one float array per thread, cut in pieces of whole cache lines ---- */
 
 typedef struct workspace {
-    float *k, *v, *k_panels, *v_panels, *scores, *dscores, *inverse, *dk, *dv;
-} workspace;
+    float *k, *v, *scores, *inverse, *k_panels, *v_panels, *q_block, *dscores, *dk, *dv; /* the last three: gradients only, ... */
+} workspace;                                                                             /* ... q_block: bf16 only */
 
 typedef struct layout {
-    int64_t gathered, panels, scores, inverse, bytes;
+    int64_t gathered, panels, scores, inverse, q_block, bytes;
 } layout;
 
 static layout plan_scratch(int64_t keys, int64_t width, int grad) {
     /* Room for any sequence of at most `keys` keys: the fewer, the more rows in a block. */
     const int64_t tallest = grad ? GRAD_ROWS : BLOCK_FLOATS / 16, wide = score_stride(keys);
     layout l = {.gathered = round_up(keys * width, 16),
-                .panels = round_up(keys, FC_ATTENTION_PANEL) * width,
+                .panels = larger(round_up(keys, FC_ATTENTION_PANEL) * width, /* of keys; of values in bf16: */
+                                 round_up(width, FC_ATTENTION_PANEL) * ((keys + 1) / 2)),
                 .scores = grad ? GRAD_ROWS * wide : larger(BLOCK_FLOATS, FC_ATTENTION_ROWS * wide),
-                .inverse = tallest};
-    const int64_t floats = (grad ? 4 : 2) * l.gathered + (grad ? 2 : 1) * (l.panels + l.scores) + l.inverse;
+                .inverse = tallest,
+                .q_block = grad ? 0 : round_up(tallest * ((width + 1) / 2), 16)};
+    const int64_t floats = (grad ? 4 : 2) * l.gathered + 2 * l.panels + (grad ? 2 : 1) * l.scores + l.inverse + l.q_block;
     l.bytes = floats * (int64_t)sizeof(float) + ALIGNMENT;
     return l;
 }
@@ -61,11 +63,12 @@ static int carve(const fc_attention_args *a, int grad, int rank, int size, works
     const uintptr_t address = (uintptr_t)a->scratch + (uintptr_t)(l.bytes * rank);
     ws->k = (float *)((address + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
     ws->v = ws->k + l.gathered;
-    ws->k_panels = ws->v + l.gathered;
-    ws->scores = ws->k_panels + l.panels;
+    ws->scores = ws->v + l.gathered;
     ws->inverse = ws->scores + l.scores;
-    ws->v_panels = ws->inverse + l.inverse;
-    ws->dscores = ws->v_panels + l.panels;
+    ws->k_panels = ws->inverse + l.inverse;
+    ws->v_panels = ws->k_panels + l.panels;
+    ws->q_block = ws->v_panels + l.panels;
+    ws->dscores = ws->q_block + l.q_block;
     ws->dk = ws->dscores + l.scores;
     ws->dv = ws->dk + l.gathered;
     return team;
@@ -194,6 +197,46 @@ static void mix(const head *h, const float *weights, int64_t rows, const float *
 
 /* ---- forward ---- */
 
+/* Rows [row, end) of a head in float32. */
+static void attend_f32(const head *h, int64_t row, int64_t end, float *out, const workspace *ws) {
+    const int64_t step = block_rows(h->keys);
+    fc_kernels.attention_panels_f32(h->k, h->key_stride, h->keys, h->width, ws->k_panels);
+    for (; row < end; row += step) {
+        const int64_t rows = smaller(step, end - row);
+        score(h, h->q + row * h->stride, rows, ws->k_panels, ws->scores);
+        fc_kernels.attention_softmax_f32(ws->scores, score_stride(h->keys), rows, h->keys, h->factor, ws->inverse);
+        mix(h, ws->scores, rows, h->v, out + row * h->stride, ws->inverse);
+    }
+}
+
+/* The same in bf16: both products from packed pairs. */
+static void attend_bf16(const head *h, int64_t row, int64_t end, float *out, const workspace *ws) {
+    const int64_t step = block_rows(h->keys), wide = score_stride(h->keys);
+    const int64_t width_pairs = (h->width + 1) / 2, key_pairs = (h->keys + 1) / 2;
+    uint32_t *q = (uint32_t *)ws->q_block, *k = (uint32_t *)ws->k_panels, *v = (uint32_t *)ws->v_panels;
+    fc_kernels.attention_panels_bf16(h->k, h->key_stride, h->keys, h->width, k);
+    fc_kernels.attention_columns_bf16(h->v, h->key_stride, h->keys, h->width, v);
+    for (; row < end; row += step) {
+        const int64_t rows = smaller(step, end - row);
+        const fc_attention_product16 scores = {
+            rows, h->keys, width_pairs, q, width_pairs, k, FC_ATTENTION_PANEL * width_pairs, ws->scores, wide, NULL};
+        const fc_attention_product16 mixed = {rows,
+                                              h->width,
+                                              key_pairs,
+                                              (const uint32_t *)ws->scores,
+                                              wide,
+                                              v,
+                                              FC_ATTENTION_PANEL * key_pairs,
+                                              out + row * h->stride,
+                                              h->stride,
+                                              ws->inverse};
+        fc_kernels.attention_round_bf16(h->q + row * h->stride, h->stride, rows, h->width, q);
+        fc_kernels.attention_product_bf16(&scores);
+        fc_kernels.attention_softmax_bf16(ws->scores, wide, rows, h->keys, h->factor, ws->inverse);
+        fc_kernels.attention_product_bf16(&mixed);
+    }
+}
+
 static void attend(const fc_attention_args *a, const sequence *s, int64_t index, int64_t row, int64_t end, const workspace *ws) {
     const head h = open_head(a, s, index, ws);
     float *out = row_of(a, a->out, s->row, index);
@@ -201,13 +244,10 @@ static void attend(const fc_attention_args *a, const sequence *s, int64_t index,
         fill_rows(out + row * h.stride, h.stride, end - row, h.width);
         return;
     }
-    fc_kernels.attention_panels_f32(h.k, h.key_stride, h.keys, h.width, ws->k_panels);
-    for (int64_t step = block_rows(h.keys); row < end; row += step) {
-        const int64_t rows = smaller(step, end - row);
-        score(&h, h.q + row * h.stride, rows, ws->k_panels, ws->scores);
-        fc_kernels.attention_softmax_f32(ws->scores, score_stride(h.keys), rows, h.keys, h.factor, ws->inverse);
-        mix(&h, ws->scores, rows, h.v, out + row * h.stride, ws->inverse);
-    }
+    if (a->is_bf16)
+        attend_bf16(&h, row, end, out, ws);
+    else
+        attend_f32(&h, row, end, out, ws);
 }
 
 /* The units [*first, *last) of `count`, each of this cost, of which the first starts at `start`, that lie in [begin, end). */

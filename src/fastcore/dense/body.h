@@ -2,7 +2,25 @@
 #ifndef FC_DENSE_BODY_H
 #define FC_DENSE_BODY_H
 
+#include <string.h>
+
 #include "../nn/activation.h"
+
+FC_INLINE float bf16_to_float(uint16_t half) {
+    const uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+/* What vcvtneps2bf16 gives: half to even, subnormals to 0, NaN to a quiet NaN. */
+FC_INLINE uint16_t float_to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    const uint32_t magnitude = bits & 0x7fffffff;
+    const uint32_t rounded = magnitude > 0x7f800000 ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
+    return (uint16_t)((magnitude < 0x800000 ? bits & 0x80000000 : rounded) >> 16);
+}
 
 FC_INLINE void add_row(float *restrict c, const float *restrict addend, int64_t n) {
     for (int64_t j = 0; j < n; j++) c[j] += addend[j];

@@ -7,6 +7,7 @@ cdef extern from "dense/dense.h" nogil:
         float *out
     ctypedef struct fc_linear_args:
         int64_t m, n, k
+        int bf16
         const float *x
         const float *packed
         fc_weight weight
@@ -18,6 +19,7 @@ cdef extern from "dense/dense.h" nogil:
         int64_t scratch_bytes
     ctypedef struct fc_linear_grad_args:
         int64_t m
+        int bf16
         const float *dy
         const float *x
         fc_weight weight
@@ -25,18 +27,22 @@ cdef extern from "dense/dense.h" nogil:
         void *scratch
         int64_t scratch_bytes
     int64_t fc_dense_packed_size(int64_t n, int64_t k)
+    int64_t fc_bf16_packed_size(int64_t n, int64_t k)
+    int fc_has_bf16()
     int64_t fc_linear_scratch(int64_t m, int64_t n, int64_t k, int threads)
     void fc_pack_dense(const void *args, int rank, int size) noexcept
+    void fc_pack_bf16(const void *args, int rank, int size) noexcept
     void fc_linear(const void *args, int rank, int size) noexcept
     void fc_linear_grad_input(const void *args, int rank, int size) noexcept
     void fc_linear_grad_weight(const void *args, int rank, int size) noexcept
 
 
 cdef class PackedDense:
-    """A constant [n, k] float32 weight in the tile layout of this instruction set."""
+    """A constant [n, k] weight in the tile layout of this instruction set, in float32 or, by pack_bf16, in bf16."""
     cdef void *memory
     cdef float *panels
     cdef unsigned generation
+    cdef readonly bint bf16
     cdef readonly tuple shape
     cdef readonly int64_t nbytes
 
@@ -47,20 +53,38 @@ cdef class PackedDense:
         PyMem_RawFree(self.memory)
 
 
-def pack_dense(Weight weight not None, int threads=1):
-    """Expand and pack a weight once; the result is valid until set_isa is called."""
-    cdef fc_pack_dense_args args
+cdef PackedDense new_packed(Weight weight, int64_t nbytes, bint bf16):
     cdef PackedDense packed = PackedDense.__new__(PackedDense)
-    cdef int64_t nbytes = fc_dense_packed_size(weight.view.n, weight.view.k) * sizeof(float)
     packed.memory = PyMem_RawMalloc(nbytes + 64)
     if packed.memory == NULL:
         raise MemoryError(f"could not allocate {nbytes} bytes for a packed weight of shape {weight.shape}")
     packed.panels = <float *>((<uintptr_t>packed.memory + 63) // 64 * 64)
     packed.generation = fc_generation()
-    packed.shape, packed.nbytes = weight.shape, nbytes
+    packed.shape, packed.nbytes, packed.bf16 = weight.shape, nbytes, bf16
+    return packed
+
+
+def pack_dense(Weight weight not None, int threads=1):
+    """Expand and pack a weight once; the result is valid until set_isa is called."""
+    cdef fc_pack_dense_args args
+    cdef PackedDense packed = new_packed(weight, dense_packed_nbytes(weight), False)
     args.weight, args.out = weight.view, packed.panels
     run_now(fc_pack_dense, &args, threads)
     return packed
+
+
+def pack_bf16(Weight weight not None, int threads=1):
+    """Expand a weight, round it to bf16 and pack it once, for linear_bf16; valid until set_isa is called."""
+    cdef fc_pack_dense_args args
+    cdef PackedDense packed = new_packed(weight, bf16_packed_nbytes(weight), True)
+    args.weight, args.out = weight.view, packed.panels
+    run_now(fc_pack_bf16, &args, threads)
+    return packed
+
+
+def has_bf16():
+    """Return whether bf16 products run on an instruction for them; elsewhere they are right but slower than float32."""
+    return bool(fc_has_bf16())
 
 
 def dense_packed_nbytes(Weight weight not None):
@@ -68,8 +92,13 @@ def dense_packed_nbytes(Weight weight not None):
     return fc_dense_packed_size(weight.view.n, weight.view.k) * sizeof(float)
 
 
+def bf16_packed_nbytes(Weight weight not None):
+    """Return the bytes of the bf16 PackedDense of a weight."""
+    return fc_bf16_packed_size(weight.view.n, weight.view.k) * sizeof(float)
+
+
 def linear_scratch(int64_t m, int64_t n, int64_t k, int threads):
-    """Return the bytes of scratch that any of the three dense products of these sizes needs on `threads` threads."""
+    """Return the bytes of scratch that any dense product of these sizes needs on `threads` threads."""
     if min(m, n, k) < 0 or threads < 1:
         raise ValueError(f"sizes must not be negative and threads must be positive, got {m}, {n}, {k} and {threads}")
     return fc_linear_scratch(m, n, k, threads)
@@ -93,16 +122,29 @@ cdef int refuse_overlap(object out, object other, str names) except -1:
     return 0
 
 
-def linear(Program program not None, x, weight, out, bias, activation, residual, scratch):
-    """Append out[M,N] = activation(x[M,K] @ weight[N,K].T + bias[N]) + residual[M,N]."""
+cdef int must_be_float(Weight weight) except -1:
+    """Refuse a weight that bf16 kernels cannot read in place."""
+    if weight.view.kind != FC_DENSE_F32:
+        raise TypeError("weight: a bf16 product reads dense float32 in place; pack any other with pack_bf16")
+    return 0
+
+
+cdef int add_linear(
+    Program program, x, weight, out, bias, activation, residual, scratch, bint bf16
+) except -1:
     cdef fc_linear_args args
     memset(&args, 0, sizeof(args))
+    args.bf16 = bf16
     if isinstance(weight, PackedDense):
         if (<PackedDense>weight).generation != fc_generation():
             check(FC_STALE)
+        if (<PackedDense>weight).bf16 != bf16:
+            raise TypeError("weight: pack_dense is for linear, pack_bf16 for linear_bf16")
         args.packed = (<PackedDense>weight).panels
     elif isinstance(weight, Weight):
         args.weight = (<Weight>weight).view
+        if bf16:
+            must_be_float(weight)
     else:
         raise TypeError(f"weight: expected PackedDense or Weight, got {type(weight).__name__}")
     args.n, args.k = weight.shape
@@ -116,34 +158,58 @@ def linear(Program program not None, x, weight, out, bias, activation, residual,
     args.scratch_bytes = scratch_size(scratch, args.m, args.n, args.k)
     refuse_overlap(out, x, "out and x")
     refuse_overlap(out, residual, "out and residual")
-    program.add(fc_linear, &args, sizeof(args), (x, weight, out, bias, residual, scratch))
+    return program.add(fc_linear, &args, sizeof(args), (x, weight, out, bias, residual, scratch))
 
 
-def linear_grad_input(Program program not None, dy, Weight weight not None, dx, scratch):
-    """Append dx[M,K] = dy[M,N] @ weight[N,K]."""
+def linear(Program program not None, x, weight, out, bias, activation, residual, scratch):
+    """Append out[M,N] = activation(x[M,K] @ weight[N,K].T + bias[N]) + residual[M,N]."""
+    add_linear(program, x, weight, out, bias, activation, residual, scratch, False)
+
+
+def linear_bf16(Program program not None, x, weight, out, bias, activation, residual, scratch):
+    """Append the same with x and the weight rounded to bf16, half to even; sums, and what is added to them, stay float32."""
+    add_linear(program, x, weight, out, bias, activation, residual, scratch, True)
+
+
+cdef int add_grad_input(Program program, dy, Weight weight, dx, scratch, bint bf16) except -1:
     cdef fc_linear_grad_args args
     memset(&args, 0, sizeof(args))
-    args.weight = weight.view
+    args.bf16, args.weight = bf16, weight.view
+    if bf16:
+        must_be_float(weight)
     args.m = len(dy)
     args.dy = <const float *>pointer(dy, "dy", "f", (args.m, args.weight.n))
     args.to = <float *>pointer(dx, "dx", "f", (args.m, args.weight.k), True)
     args.scratch = pointer(scratch, "scratch", "B", (None,), True)
     args.scratch_bytes = scratch_size(scratch, args.m, args.weight.n, args.weight.k)
     refuse_overlap(dx, dy, "dx and dy")
-    program.add(fc_linear_grad_input, &args, sizeof(args), (dy, weight, dx, scratch))
+    return program.add(fc_linear_grad_input, &args, sizeof(args), (dy, weight, dx, scratch))
+
+
+def linear_grad_input(Program program not None, dy, Weight weight not None, dx, scratch):
+    """Append dx[M,K] = dy[M,N] @ weight[N,K]."""
+    add_grad_input(program, dy, weight, dx, scratch, False)
+
+
+def linear_grad_input_bf16(Program program not None, dy, Weight weight not None, dx, scratch):
+    """Append the same with both operands rounded to bf16; the weight is dense float32."""
+    add_grad_input(program, dy, weight, dx, scratch, True)
 
 
 cdef tuple grad_shape(Weight weight):
+    if weight.view.kind == FC_DENSE_BF16:
+        raise TypeError("weight: bf16 values train as float32; pass those")
     if weight.view.kind == FC_DENSE_S8 or weight.view.kind == FC_BLOCKS_S8:
         return (weight.shape[0],)
     return weight.shape if weight.view.kind == FC_DENSE_F32 else tuple(memoryview(weight.held[0]).shape)
 
 
-def linear_grad_weight(Program program not None, dy, x, Weight weight not None, grad, scratch):
-    """Append dW = dy[M,N].T @ x[M,K] in the form that `weight` trains in."""
+cdef int add_grad_weight(Program program, dy, x, Weight weight, grad, scratch, bint bf16) except -1:
     cdef fc_linear_grad_args args
     memset(&args, 0, sizeof(args))
-    args.weight = weight.view
+    args.bf16, args.weight = bf16, weight.view
+    if bf16:
+        must_be_float(weight)
     args.m = len(dy)
     args.dy = <const float *>pointer(dy, "dy", "f", (args.m, args.weight.n))
     args.x = <const float *>pointer(x, "x", "f", (args.m, args.weight.k))
@@ -152,4 +218,14 @@ def linear_grad_weight(Program program not None, dy, x, Weight weight not None, 
     args.scratch_bytes = scratch_size(scratch, args.m, args.weight.n, args.weight.k)
     refuse_overlap(grad, dy, "grad and dy")
     refuse_overlap(grad, x, "grad and x")
-    program.add(fc_linear_grad_weight, &args, sizeof(args), (dy, x, weight, grad, scratch))
+    return program.add(fc_linear_grad_weight, &args, sizeof(args), (dy, x, weight, grad, scratch))
+
+
+def linear_grad_weight(Program program not None, dy, x, Weight weight not None, grad, scratch):
+    """Append dW = dy[M,N].T @ x[M,K] in the form that `weight` trains in."""
+    add_grad_weight(program, dy, x, weight, grad, scratch, False)
+
+
+def linear_grad_weight_bf16(Program program not None, dy, x, Weight weight not None, grad, scratch):
+    """Append the same with dy and x rounded to bf16; the weight is dense float32."""
+    add_grad_weight(program, dy, x, weight, grad, scratch, True)

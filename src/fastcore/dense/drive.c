@@ -1,4 +1,5 @@
-/* One blocked product serves the forward pass and both gradients: C[rows, cols] = sum over depth of A(i, d) B(d, j).
+/* One blocked product serves the forward pass and both gradients, in fp32 and bf16: C[rows, cols] = sum over depth of
+ * A(i, d) B(d, j). All depths here count words, of one float or of two bf16; what they are is known to the packing alone.
  *
  * Per thread: a block of A (rows x depth, sized for L2) is packed once; panels of NR columns of B pass over it, cut in slabs of
  * the depth that stay in L1 while every panel of A reads them; the epilogue follows while the columns of C are warm. B is a
@@ -48,10 +49,17 @@ static int64_t line(int64_t floats) { return (floats + 15) / 16 * 16; }
 
 static int64_t block_floats(int64_t rows, int64_t depth) { return smaller(rows, most_rows(depth)) * chunk(depth, deepest()); }
 
+static int64_t largest_block(int64_t m, int64_t n, int64_t k) {
+    return larger(block_floats(m, k), larger(block_floats(m, n), block_floats(n, m)));
+}
+
+static int64_t half(int64_t depth) { return (depth + 1) / 2; }
+
 static layout plan_scratch(int64_t m, int64_t n, int64_t k) {
     const int64_t longest = larger(m, larger(n, k)), slab = smaller(longest, fc_kernels.gemm_depth) * fc_kernels.gemm_cols;
+    const int64_t bf16 = larger(block_floats(m, half(k)), larger(block_floats(m, half(n)), block_floats(n, half(m))));
     layout l = {
-        .a = line(larger(block_floats(m, k), larger(block_floats(m, n), block_floats(n, m)))),
+        .a = line(larger(largest_block(m, n, k), bf16)),
         .b = line(slab),
         .tile = line(larger(slab, smaller(k, PIECE))),
         .sink = line(smaller(n, sink_rows(k)) * k),
@@ -80,8 +88,10 @@ static int carve(int64_t m, int64_t n, int64_t k, void *scratch, int64_t bytes, 
 /* ---- the product ---- */
 
 typedef struct product {
-    int64_t depth;
-    const float *a; /* A(i, d) = a[i * a_stride + d], or a[d * a_stride + i] if a_by_depth */
+    int bf16;
+    int64_t depth;  /* words */
+    int64_t values; /* the same in values: depth, or 2 * depth or one less */
+    const float *a; /* A(i, d) = a[i * a_stride + d], or a[d * a_stride + i] if a_by_depth; d counts values */
     int64_t a_stride;
     int a_by_depth;
     const float *packed;     /* panels of B, or NULL: then */
@@ -100,15 +110,48 @@ typedef struct block {
 static int64_t panel_count(int64_t rows) { return pieces(rows, fc_kernels.gemm_rows); }
 static int64_t panel_row(int64_t rows, int64_t panel) { return rows * panel / panel_count(rows); }
 
+/* `words` words from word `word` on of up to `rows` rows of a matrix of `values` columns: out[d * width + i]. */
+static void pack_rows(const product *p, const float *in, int64_t stride, int64_t rows, int64_t word, int64_t words, float *out,
+                      int64_t width) {
+    enum { WORDS = 64, WIDEST = 64 }; /* converted in pieces that stay in L1, then transposed as floats are */
+    uint32_t piece[WIDEST * WORDS];
+    if (!p->bf16) {
+        fc_kernels.pack_rows_f32(in + word, stride, rows, words, out, width);
+        return;
+    }
+    for (int64_t d = 0; d < words; d += WORDS) {
+        const int64_t count = smaller(WORDS, words - d), first = 2 * (word + d), values = smaller(2 * count, p->values - first);
+        for (int64_t i = 0; i < rows; i++) {
+            piece[i * WORDS + count - 1] = 0; /* the last word may have one value only */
+            fc_kernels.convert_f32_bf16(in + i * stride + first, values, (uint16_t *)(piece + i * WORDS));
+        }
+        fc_kernels.pack_rows_f32((const float *)piece, WORDS, rows, count, out + d * width, width);
+    }
+}
+
+/* The same of a matrix of `values` rows: columns [0, cols). */
+static void pack_columns(const product *p, const float *in, int64_t stride, int64_t cols, int64_t word, int64_t words, float *out,
+                         int64_t width) {
+    if (!p->bf16) {
+        fc_kernels.pack_columns_f32(in + word * stride, stride, cols, words, out, width);
+        return;
+    }
+    for (int64_t d = word; d < word + words; d++, out += width) {
+        const float *first = in + 2 * d * stride;
+        fc_kernels.pair_f32_bf16(first, 2 * d + 1 < p->values ? first + stride : NULL, cols, (uint32_t *)out);
+        if (cols < width) memset(out + cols, 0, (size_t)(width - cols) * sizeof *out);
+    }
+}
+
 /* Panels of even height rather than full ones and a rest: a tile of two rows is bound by loads. */
 static void pack_block(const product *p, block at, float *out) {
     for (int64_t q = 0; q < panel_count(at.rows); q++) {
         const int64_t first = panel_row(at.rows, q), rows = panel_row(at.rows, q + 1) - first, i = at.row + first;
         float *to = out + first * at.depths;
         if (p->a_by_depth)
-            fc_kernels.pack_columns_f32(p->a + at.depth * p->a_stride + i, p->a_stride, rows, at.depths, to, rows);
+            pack_columns(p, p->a + i, p->a_stride, rows, at.depth, at.depths, to, rows);
         else
-            fc_kernels.pack_rows_f32(p->a + i * p->a_stride + at.depth, p->a_stride, rows, at.depths, to, rows);
+            pack_rows(p, p->a + i * p->a_stride, p->a_stride, rows, at.depth, at.depths, to, rows);
     }
 }
 
@@ -120,7 +163,7 @@ typedef struct slab {
 static int is_dense(const fc_weight *weight) { return weight->kind == FC_DENSE_F32; }
 
 /* Can whole panels of B be read where they are? */
-static int is_direct(const product *p) { return p->packed || (p->b_by_depth && is_dense(p->weight)); }
+static int is_direct(const product *p) { return p->packed || (p->b_by_depth && is_dense(p->weight) && !p->bf16); }
 
 static slab direct_slab(const product *p, int64_t j, int64_t depth) {
     if (p->packed)
@@ -138,9 +181,9 @@ static slab packed_slab(const product *p, block at, int64_t j, int64_t cols, int
     if (is_dense(w)) {
         const float *values = w->values;
         if (p->b_by_depth)
-            fc_kernels.pack_columns_f32(values + d * w->k + j, w->k, cols, depths, ws->b, width);
+            pack_columns(p, values + j, w->k, cols, d, depths, ws->b, width);
         else
-            fc_kernels.pack_rows_f32(values + j * w->k + d, w->k, cols, depths, ws->b, width);
+            pack_rows(p, values + j * w->k, w->k, cols, d, depths, ws->b, width);
     } else if (p->b_by_depth) {
         int32_t *cursor = ws->cursor + offset;
         if (first) fc_weight_seek(w, d, depths, j, cursor);
@@ -158,8 +201,14 @@ static void multiply_slab(const product *p, block at, slab b, int64_t j, int64_t
                           const workspace *ws) {
     for (int64_t q = 0; q < panel_count(at.rows); q++) {
         const int64_t first = panel_row(at.rows, q), rows = panel_row(at.rows, q + 1) - first;
-        fc_kernels.gemm_f32(rows, cols, depths, ws->a + first * at.depths + offset * rows, b.values, b.step, b.panel,
-                            p->c + (at.row + first - p->c_row) * p->c_stride + j, p->c_stride, at.depth + offset > 0);
+        const float *a = ws->a + first * at.depths + offset * rows;
+        float *c = p->c + (at.row + first - p->c_row) * p->c_stride + j;
+        const int accumulate = at.depth + offset > 0;
+        if (p->bf16)
+            fc_kernels.gemm_bf16(rows, cols, depths, (const uint32_t *)a, (const uint32_t *)b.values, b.step, b.panel, c,
+                                 p->c_stride, accumulate);
+        else
+            fc_kernels.gemm_f32(rows, cols, depths, a, b.values, b.step, b.panel, c, p->c_stride, accumulate);
     }
 }
 
@@ -223,12 +272,16 @@ static void multiply_shared(const product *p, int64_t rows, int64_t cols, const 
     }
 }
 
+static int64_t words(int64_t values, int bf16) { return bf16 ? half(values) : values; }
+
 void fc_linear(const void *args, int rank, int size) {
     const fc_linear_args *l = args;
     workspace ws;
     const int team = carve(l->m, l->n, l->k, l->scratch, l->scratch_bytes, rank, size, &ws);
     if (rank >= team) return;
-    const product p = {.depth = l->k,
+    const product p = {.bf16 = l->bf16,
+                       .depth = words(l->k, l->bf16),
+                       .values = l->k,
                        .a = l->x,
                        .a_stride = l->k,
                        .packed = l->packed,
@@ -247,7 +300,15 @@ void fc_linear_grad_input(const void *args, int rank, int size) {
     workspace ws;
     const int team = carve(g->m, w->n, w->k, g->scratch, g->scratch_bytes, rank, size, &ws);
     if (rank >= team) return;
-    const product p = {.depth = w->n, .a = g->dy, .a_stride = w->n, .weight = w, .b_by_depth = 1, .c = g->to, .c_stride = w->k};
+    const product p = {.bf16 = g->bf16,
+                       .depth = words(w->n, g->bf16),
+                       .values = w->n,
+                       .a = g->dy,
+                       .a_stride = w->n,
+                       .weight = w,
+                       .b_by_depth = 1,
+                       .c = g->to,
+                       .c_stride = w->k};
     multiply_shared(&p, g->m, w->k, &ws, rank, team);
 }
 
@@ -280,7 +341,9 @@ void fc_linear_grad_weight(const void *args, int rank, int size) {
     const int team = carve(g->m, w->n, w->k, g->scratch, g->scratch_bytes, rank, size, &ws);
     if (rank >= team) return;
     const fc_weight x = {.kind = FC_DENSE_F32, .n = g->m, .k = w->k, .values = g->x};
-    product p = {.depth = g->m,
+    product p = {.bf16 = g->bf16,
+                 .depth = words(g->m, g->bf16),
+                 .values = g->m,
                  .a = g->dy,
                  .a_stride = w->n,
                  .a_by_depth = 1,
@@ -313,27 +376,35 @@ void fc_linear_grad_weight(const void *args, int rank, int size) {
 
 int64_t fc_dense_packed_size(int64_t n, int64_t k) { return pieces(n, fc_kernels.gemm_cols) * fc_kernels.gemm_cols * k; }
 
-void fc_pack_dense(const void *args, int rank, int size) {
+int64_t fc_bf16_packed_size(int64_t n, int64_t k) { return fc_dense_packed_size(n, half(k)); }
+
+static void pack_weight(const fc_pack_dense_args *a, int bf16, int rank, int size) {
     enum { DEPTH = 64, WIDEST = 64 };
-    const fc_pack_dense_args *p = args;
-    const fc_weight *w = &p->weight;
-    const int64_t width = fc_kernels.gemm_cols;
+    const fc_weight *w = &a->weight;
+    const int64_t width = fc_kernels.gemm_cols, depth = words(w->k, bf16);
+    const product whole = {.bf16 = bf16, .values = w->k};
     float tile[DEPTH * WIDEST];
     int32_t cursor[WIDEST];
     int64_t begin, end;
     fc_partition(w->n, width, rank, size, &begin, &end);
     for (int64_t j = begin; j < end; j += width) {
         const int64_t rows = smaller(width, end - j);
-        float *to = p->out + j * w->k;
+        float *to = a->out + j * depth;
         if (is_dense(w)) {
-            fc_kernels.pack_rows_f32((const float *)w->values + j * w->k, w->k, rows, w->k, to, width);
+            pack_rows(&whole, (const float *)w->values + j * w->k, w->k, rows, 0, depth, to, width);
             continue;
         }
         fc_weight_seek(w, j, rows, 0, cursor);
         for (int64_t d = 0; d < w->k; d += DEPTH) {
             const int64_t depths = smaller(DEPTH, w->k - d);
+            const product part = {.bf16 = bf16, .values = depths};
             fc_weight_expand(w, j, rows, d, depths, 1, tile, depths, cursor);
-            fc_kernels.pack_rows_f32(tile, depths, rows, depths, to + d * width, width);
+            pack_rows(&part, tile, depths, rows, 0, words(depths, bf16), to + words(d, bf16) * width, width);
         }
     }
 }
+
+void fc_pack_dense(const void *args, int rank, int size) { pack_weight(args, 0, rank, size); }
+void fc_pack_bf16(const void *args, int rank, int size) { pack_weight(args, 1, rank, size); }
+
+int fc_has_bf16(void) { return strcmp(fc_kernels.variant.gemm_bf16, "scalar") != 0; }

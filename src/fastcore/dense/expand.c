@@ -53,6 +53,13 @@ static int32_t expand_row(const fc_weight *weight, int64_t row, int64_t col, int
     return b;
 }
 
+static void widen_bf16(const uint16_t *halves, int64_t n, float *out) {
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t bits = (uint32_t)halves[i] << 16;
+        memcpy(&out[i], &bits, 4);
+    }
+}
+
 void fc_weight_expand(const fc_weight *weight, int64_t row, int64_t rows, int64_t col, int64_t cols, int scaled, float *out,
                       int64_t stride, int32_t *cursor) {
     const int is_s8 = weight->kind == FC_DENSE_S8 || weight->kind == FC_BLOCKS_S8;
@@ -61,6 +68,10 @@ void fc_weight_expand(const fc_weight *weight, int64_t row, int64_t rows, int64_
         const float scale = is_s8 && scaled ? weight->scale[row + r] : 1.0f;
         if (weight->kind == FC_DENSE_S8) {
             fc_kernels.expand_s8_f32((const int8_t *)weight->values + (row + r) * weight->k + col, scale, cols, out);
+            continue;
+        }
+        if (weight->kind == FC_DENSE_BF16) {
+            widen_bf16((const uint16_t *)weight->values + (row + r) * weight->k + col, cols, out);
             continue;
         }
         /* The rows of a group start from the same block; the cursor moves on when the last of them is done. */

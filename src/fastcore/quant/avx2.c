@@ -238,6 +238,16 @@ static void linear_u8_s8_f32_avx2(const fc_int8_tile *t) {
         finish_row(t, r, v);
     }
 }
+static void quantize_static_rows_f32_u8_avx2(const float *x, int64_t stride, int64_t rows, int64_t k, float scale, int zero_point,
+                                             uint8_t *out, int64_t out_stride) {
+    quantize_static_rows_body(x, stride, rows, k, scale, zero_point, out, out_stride);
+}
+
+static void quantize_static_lanes_f32_u8_avx2(const float *x, int64_t stride, int64_t rows, int64_t k, float scale,
+                                              int zero_point, uint8_t *out, int64_t out_stride) {
+    quantize_static_lanes_body(x, stride, rows, k, scale, zero_point, out, out_stride);
+}
+
 FC_TARGET_END
 
 void fc_quant_install_avx2(fc_table *table) {
@@ -247,5 +257,7 @@ void fc_quant_install_avx2(fc_table *table) {
     FC_INSTALL(table, quantize_rows_f32_u8, avx2);
     FC_INSTALL(table, quantize_lanes_f32_u8, avx2);
     FC_INSTALL(table, linear_u8_s8_f32, avx2);
+    FC_INSTALL(table, quantize_static_rows_f32_u8, avx2);
+    FC_INSTALL(table, quantize_static_lanes_f32_u8, avx2);
 }
 #endif

@@ -70,6 +70,21 @@ FC_INLINE __m512i pack_bytes(__m512i a, __m512i b, __m512i c, __m512i d) {
     return _mm512_xor_si512(codes, _mm512_set1_epi8((char)0x80));
 }
 
+/* A scale chosen beforehand, and the zero point less the 128 that pack_bytes adds. */
+typedef struct static_scale {
+    __m512 scale, inverse, most;
+    __m512i offset;
+} static_scale;
+
+/* static_code of body.h, before its last clipping, which the packs do. */
+FC_INLINE __m512i quantize_static(__m512 x, const static_scale *s) {
+    x = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), x);
+    x = _mm512_max_ps(_mm512_min_ps(x, s->most), _mm512_sub_ps(_mm512_setzero_ps(), s->most));
+    const __m512 q = _mm512_mul_ps(x, s->inverse);
+    const __m512 quotient = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, s->scale, x), s->inverse, q);
+    return _mm512_add_epi32(_mm512_cvtps_epi32(quotient), s->offset);
+}
+
 /* Where four rows of a panel go, and how much of them there is. */
 typedef struct row_target {
     uint8_t *out;
@@ -78,11 +93,12 @@ typedef struct row_target {
 } row_target;
 
 /* Up to 64 columns of a row; dword j of lane l holds columns 16 j + 4 l. `whole` is a constant: nothing to mask. */
-FC_INLINE __m512i quantize_columns(const float *x, int64_t columns, __m512 inverse, const int whole) {
+FC_INLINE __m512i quantize_columns(const float *x, int64_t columns, __m512 inverse, const static_scale *fixed, const int whole) {
     __m512i q[4];
     for (int j = 0; j < 4; j++) {
         const float *at = x + j * LANES;
-        q[j] = quantize(whole ? _mm512_loadu_ps(at) : _mm512_maskz_loadu_ps(first_lanes(columns - j * LANES), at), inverse);
+        const __m512 v = whole ? _mm512_loadu_ps(at) : _mm512_maskz_loadu_ps(first_lanes(columns - j * LANES), at);
+        q[j] = fixed ? quantize_static(v, fixed) : quantize(v, inverse);
     }
     return pack_bytes(q[0], q[1], q[2], q[3]);
 }
@@ -101,10 +117,10 @@ FC_INLINE void store_dwords(__m512i lanes, const row_target *to, int64_t first, 
 }
 
 /* Four rows by up to 64 columns from column i on. */
-FC_INLINE void quantize_square(const float *const *row, const float *inverse, int64_t i, int64_t k, const row_target *to,
-                               const int whole) {
+FC_INLINE void quantize_square(const float *const *row, const float *inverse, const static_scale *fixed, int64_t i, int64_t k,
+                               const row_target *to, const int whole) {
     __m512i q[4];
-    for (int j = 0; j < 4; j++) q[j] = quantize_columns(row[j] + i, k - i, _mm512_set1_ps(inverse[j]), whole);
+    for (int j = 0; j < 4; j++) q[j] = quantize_columns(row[j] + i, k - i, _mm512_set1_ps(inverse[j]), fixed, whole);
     const __m512i low01 = _mm512_unpacklo_epi32(q[0], q[1]), high01 = _mm512_unpackhi_epi32(q[0], q[1]);
     const __m512i low23 = _mm512_unpacklo_epi32(q[2], q[3]), high23 = _mm512_unpackhi_epi32(q[2], q[3]);
     store_dwords(_mm512_unpacklo_epi64(low01, low23), to, i / 4, whole);
@@ -113,22 +129,35 @@ FC_INLINE void quantize_square(const float *const *row, const float *inverse, in
     store_dwords(_mm512_unpackhi_epi64(high01, high23), to, i / 4 + 12, whole);
 }
 
-static void quantize_rows_f32_u8_avx512vnni(const float *x, int64_t stride, int64_t rows, int64_t k, const float *inverse,
-                                            uint8_t *out, int64_t out_stride) {
+/* Each row with its own factor, or all of them with one scale. */
+FC_INLINE void quantize_rows(const float *x, int64_t stride, int64_t rows, int64_t k, const float *inverse,
+                             const static_scale *fixed, uint8_t *out, int64_t out_stride) {
     for (int64_t r = 0; r < rows; r += 4) {
         const int64_t count = rows - r < 4 ? rows - r : 4;
         const row_target to = {out + r * 4, out_stride, (k + 3) / 4, (__mmask8)((1 << count) - 1)};
         const float *row[4];
-        float factor[4];
+        float factor[4] = {0};
         for (int j = 0; j < 4; j++) { /* a missing row repeats the first, and is not stored */
             row[j] = x + (r + (j < count ? j : 0)) * stride;
-            factor[j] = inverse[r + (j < count ? j : 0)];
+            if (inverse) factor[j] = inverse[r + (j < count ? j : 0)];
         }
         int64_t i = 0;
         if (count == 4)
-            for (; i + 64 <= k; i += 64) quantize_square(row, factor, i, k, &to, 1);
-        for (; i < k; i += 64) quantize_square(row, factor, i, k, &to, 0);
+            for (; i + 64 <= k; i += 64) quantize_square(row, factor, fixed, i, k, &to, 1);
+        for (; i < k; i += 64) quantize_square(row, factor, fixed, i, k, &to, 0);
     }
+}
+
+static void quantize_rows_f32_u8_avx512vnni(const float *x, int64_t stride, int64_t rows, int64_t k, const float *inverse,
+                                            uint8_t *out, int64_t out_stride) {
+    quantize_rows(x, stride, rows, k, inverse, NULL, out, out_stride);
+}
+
+static void quantize_static_rows_f32_u8_avx512vnni(const float *x, int64_t stride, int64_t rows, int64_t k, float scale,
+                                                   int zero_point, uint8_t *out, int64_t out_stride) {
+    const static_scale fixed = {_mm512_set1_ps(scale), _mm512_set1_ps(1.0f / scale), _mm512_set1_ps(512.0f * scale),
+                                _mm512_set1_epi32(zero_point - 128)};
+    quantize_rows(x, stride, rows, k, NULL, &fixed, out, out_stride);
 }
 
 /* Sixteen lanes at four depths; depths from `depth` on are 0. */
@@ -247,6 +276,11 @@ static void linear_u8_s8_f32_avx512vnni(const fc_int8_tile *t) {
     default: run_tile(t, 12, 1); break;
     }
 }
+static void quantize_static_lanes_f32_u8_avx512vnni(const float *x, int64_t stride, int64_t rows, int64_t k, float scale,
+                                                    int zero_point, uint8_t *out, int64_t out_stride) {
+    quantize_static_lanes_body(x, stride, rows, k, scale, zero_point, out, out_stride);
+}
+
 FC_TARGET_END
 
 void fc_quant_install_avx512vnni(fc_table *table) {
@@ -256,5 +290,7 @@ void fc_quant_install_avx512vnni(fc_table *table) {
     FC_INSTALL(table, quantize_rows_f32_u8, avx512vnni);
     FC_INSTALL(table, quantize_lanes_f32_u8, avx512vnni);
     FC_INSTALL(table, linear_u8_s8_f32, avx512vnni);
+    FC_INSTALL(table, quantize_static_rows_f32_u8, avx512vnni);
+    FC_INSTALL(table, quantize_static_lanes_f32_u8, avx512vnni);
 }
 #endif

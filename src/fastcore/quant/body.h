@@ -6,6 +6,51 @@
 
 #include "quant.h"
 
+/* Correctly rounded division by `scale`, whose rounded inverse is known (P. Markstein, 1990), after clipping to what has a code.
+ */
+FC_INLINE float divide(float x, float scale, float inverse) {
+    const float most = 512.0f * scale;
+    x = x > most ? most : x;
+    x = x < -most ? -most : x;
+    const float q = x * inverse;
+    return fc_fma(fc_fma(-q, scale, x), inverse, q);
+}
+
+FC_INLINE uint8_t static_code(float x, float scale, float inverse, int zero_point) {
+    const float magic = 0x1.8p23f; /* adding it rounds half to even, to an integer that the low bits hold */
+    const float rounded = divide(x == x ? x : 0.0f, scale, inverse) + magic;
+    int32_t bits;
+    memcpy(&bits, &rounded, 4);
+    const int32_t q = bits - 0x4b400000 + zero_point;
+    return (uint8_t)(q < 0 ? 0 : q > 255 ? 255 : q);
+}
+
+FC_INLINE void quantize_static_rows_body(const float *x, int64_t stride, int64_t rows, int64_t k, float scale, int zero_point,
+                                         uint8_t *out, int64_t out_stride) {
+    enum { PIECE = 128 }; /* columns converted at a time, then dealt out by the dword */
+    const float inverse = 1.0f / scale;
+    uint8_t codes[PIECE];
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < k; i += PIECE) {
+            const int64_t count = k - i < PIECE ? k - i : PIECE;
+            const float *from = x + r * stride + i;
+            uint8_t *to = out + (i / 4 * out_stride + r) * 4;
+            for (int64_t j = count; j % 4; j++) codes[j] = (uint8_t)zero_point;
+            for (int64_t j = 0; j < count; j++) codes[j] = static_code(from[j], scale, inverse, zero_point);
+            for (int64_t j = 0; j < count; j += 4) memcpy(to + j * out_stride, codes + j, 4);
+        }
+}
+
+FC_INLINE void quantize_static_lanes_body(const float *x, int64_t stride, int64_t rows, int64_t k, float scale, int zero_point,
+                                          uint8_t *out, int64_t out_stride) {
+    const float inverse = 1.0f / scale;
+    for (int64_t i = 0; i < (k + 3) / 4 * 4; i++) {
+        uint8_t *to = out + i / 4 * out_stride * 4 + i % 4;
+        for (int64_t r = 0; r < rows; r++)
+            to[r * 4] = i < k ? static_code(x[i * stride + r], scale, inverse, zero_point) : (uint8_t)zero_point;
+    }
+}
+
 FC_INLINE void activate_columns(fc_activation kind, float *v) {
     for (int j = 0; j < FC_INT8_COLUMNS; j++) v[j] = fc_activate(kind, v[j]);
 }

@@ -83,6 +83,14 @@ static void quantize_strip(const fc_quantize_activations_args *a, int64_t first,
                            int64_t out_stride) {
     float max[STRIP], inverse[STRIP];
     const float *x = a->x + (a->x_lanes ? first : first * a->k);
+    if (a->scale != 0.0f) {
+        for (int64_t r = 0; r < count; r++) a->scales[first + r] = a->scale;
+        if (a->x_lanes)
+            fc_kernels.quantize_static_lanes_f32_u8(x, a->m, count, a->k, a->scale, a->zero_point, out, out_stride);
+        else
+            fc_kernels.quantize_static_rows_f32_u8(x, a->k, count, a->k, a->scale, a->zero_point, out, out_stride);
+        return;
+    }
     if (a->x_lanes) {
         fc_kernels.max_abs_lanes_f32(x, a->m, count, a->k, max);
     } else {
@@ -184,12 +192,15 @@ void fc_pack_int8(const void *args, int rank, int size) {
 /* The columns of one panel, padded to whole vectors. */
 typedef struct panel_columns {
     float weight_scale[FC_INT8_COLUMNS], bias[FC_INT8_COLUMNS];
+    int32_t correction[FC_INT8_COLUMNS];
 } panel_columns;
 
 static void load_columns(const fc_linear_int8_args *a, int64_t first, int64_t count, panel_columns *columns) {
     for (int j = 0; j < FC_INT8_COLUMNS; j++) {
         columns->weight_scale[j] = j < count ? a->weight_scale[first + j] : 0.0f;
         columns->bias[j] = j < count && a->bias ? a->bias[first + j] : -0.0f; /* x + -0 is x, for every x */
+        const int32_t by_128 = a->weight->correction[first + j];
+        columns->correction[j] = a->zero_point == 128 ? by_128 : by_128 / 128 * a->zero_point; /* exact up to FC_STATIC_MAX_K */
     }
 }
 
@@ -207,7 +218,7 @@ static void run_panel(const fc_linear_int8_args *a, int64_t panel, int64_t first
             .rows = (int)smaller(FC_INT8_ROWS, a->m - row),
             .columns = (int)columns,
             .scales = a->scales + row,
-            .correction = w->correction + column,
+            .correction = padded.correction,
             .weight_scale = padded.weight_scale,
             .bias = padded.bias,
             .residual = a->residual ? a->residual + at : NULL,

@@ -10,6 +10,10 @@
  * Quantising a row: scale = max|x| / 127 and q = round half even(x * (127 / max|x|)), each operation rounded to float32.
  * A row whose max|x| is below FC_INT8_TINY has scale 1 and all q = 0. A row with an infinity or a NaN has scale NaN, so that
  * everything computed from it is NaN; its codes are of no meaning (but the same everywhere).
+ *
+ * Static scales, chosen beforehand: the byte q = clip(round half even(x / scale) + zero_point, 0, 255) stands for
+ * (q - zero_point) * scale, as ONNX QuantizeLinear has it; all rows have that scale, and the product takes zero_point * sum(w)
+ * off. Infinities are clipped too; NaN counts as 0. "tile" panels only.
  */
 #ifndef FC_QUANT_H
 #define FC_QUANT_H
@@ -22,10 +26,11 @@
 #include "../weight.h"
 
 enum {
-    FC_INT8_ROWS = 12,      /* rows of x in a group of the "tile" layout */
-    FC_INT8_COLUMNS = 32,   /* rows of the weight in a packed panel */
-    FC_INT8_LANES = 16,     /* what the "lanes" layout rounds m up to */
-    FC_INT8_MAX_K = 133143, /* floor((2^31 - 1) / 127^2) */
+    FC_INT8_ROWS = 12,       /* rows of x in a group of the "tile" layout */
+    FC_INT8_COLUMNS = 32,    /* rows of the weight in a packed panel */
+    FC_INT8_LANES = 16,      /* what the "lanes" layout rounds m up to */
+    FC_INT8_MAX_K = 133143,  /* floor((2^31 - 1) / 127^2) */
+    FC_STATIC_MAX_K = 66311, /* floor((2^31 - 1) / (127 * 255)) */
 };
 #define FC_INT8_TINY 0x1p-119f /* below it max|x| / 127 is subnormal */
 
@@ -44,7 +49,7 @@ typedef struct fc_int8_tile {
     int64_t k4;
     int rows, columns;
     const float *scales;              /* [rows] */
-    const int32_t *correction;        /* [32]: 128 * sum over k of the weight, modulo 2^32 */
+    const int32_t *correction;        /* [32]: zero point (128) * sum over k of the weight, modulo 2^32 */
     const float *weight_scale, *bias; /* [32] each, padded by anything; a bias of -0 changes nothing */
     const float *residual;            /* [rows, stride] or NULL; may be `out` */
     float *out;                       /* [rows, stride] */
@@ -75,9 +80,21 @@ typedef void fc_quantize_rows_f32_u8_fn(const float *x, int64_t stride, int64_t 
 typedef void fc_quantize_lanes_f32_u8_fn(const float *x, int64_t stride, int64_t rows, int64_t k, const float *inverse,
                                          uint8_t *out, int64_t out_stride);
 
+/* Quantise x[rows, stride] with one scale (normal, and so is its inverse) and zero point: row r at columns 4 i ... goes to dword
+ * out[i * out_stride + r], the pad of the last dword is zero_point. Exact. */
+typedef void fc_quantize_static_rows_f32_u8_fn(const float *x, int64_t stride, int64_t rows, int64_t k, float scale,
+                                               int zero_point, uint8_t *out, int64_t out_stride);
+
+/* The same from x[k, stride], row r of the matrix lying in column r < rows. Exact. */
+typedef void fc_quantize_static_lanes_f32_u8_fn(const float *x, int64_t stride, int64_t rows, int64_t k, float scale,
+                                                int zero_point, uint8_t *out, int64_t out_stride);
+
 #define FC_QUANT_SLOTS(SLOT)                                                                                                     \
     SLOT(max_abs_f32)                                                                                                            \
-    SLOT(max_abs_lanes_f32) SLOT(quantize_f32_s8) SLOT(quantize_rows_f32_u8) SLOT(quantize_lanes_f32_u8) SLOT(linear_u8_s8_f32)
+    SLOT(max_abs_lanes_f32)                                                                                                      \
+    SLOT(quantize_f32_s8)                                                                                                        \
+    SLOT(quantize_rows_f32_u8) SLOT(quantize_lanes_f32_u8) SLOT(linear_u8_s8_f32) SLOT(quantize_static_rows_f32_u8)              \
+        SLOT(quantize_static_lanes_f32_u8)
 #define FC_QUANT_TUNING
 
 /* ---- drivers: steps ---- */
@@ -101,6 +118,8 @@ typedef struct fc_quantize_activations_args {
     fc_panel_layout layout;
     uint8_t *codes; /* fc_codes_nbytes(m, k, layout) */
     float *scales;  /* [m] */
+    float scale;    /* a static one, or 0 to take each row's own */
+    int zero_point; /* of the static scale */
 } fc_quantize_activations_args;
 void fc_quantize_activations(const void *args, int rank, int size);
 
@@ -129,6 +148,7 @@ typedef struct fc_linear_int8_args {
     const float *weight_scale, *bias, *residual; /* [n], [n] or NULL, [m, n] or NULL */
     float *out;                                  /* [m, n] */
     int64_t m;
+    int zero_point; /* of the codes: 128, or that of their static scale, which k <= FC_STATIC_MAX_K must allow */
     fc_activation activation;
 } fc_linear_int8_args;
 void fc_linear_int8(const void *args, int rank, int size);

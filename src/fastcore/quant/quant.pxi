@@ -3,6 +3,7 @@
 cdef extern from "quant/quant.h" nogil:
     enum:
         FC_INT8_MAX_K
+        FC_STATIC_MAX_K
     ctypedef enum fc_panel_layout:
         FC_PANEL_TILE
         FC_PANEL_LANES
@@ -19,6 +20,8 @@ cdef extern from "quant/quant.h" nogil:
         fc_panel_layout layout
         uint8_t *codes
         float *scales
+        float scale
+        int zero_point
     ctypedef struct fc_packed_int8:
         int64_t n, k, nbytes
     ctypedef struct fc_pack_int8_args:
@@ -33,6 +36,7 @@ cdef extern from "quant/quant.h" nogil:
         const float *residual
         float *out
         int64_t m
+        int zero_point
         fc_activation activation
     int64_t fc_codes_nbytes(int64_t m, int64_t k, fc_panel_layout layout)
     fc_status fc_row_offsets_validate(const int32_t *row_offsets, int64_t groups, int64_t blocks)
@@ -98,11 +102,26 @@ def codes_nbytes(int64_t m, int64_t k, str layout):
     return fc_codes_nbytes(m, k, PANEL_LAYOUTS[layout])
 
 
-def quantize_activations(Program program not None, x, bint lanes, str layout, codes, scales):
+cdef int check_static(float scale, int zero_point, int64_t k, str layout) except -1:
+    """Refuse a static scale or zero point that the kernels cannot take."""
+    if not 2.0**-100 <= scale <= 2.0**100 or not 0 <= zero_point <= 255:
+        raise ValueError(f"a static scale lies within 2**-100 and 2**100, a zero point within 0 and 255; got {scale}, {zero_point}")
+    if layout != "tile":
+        raise ValueError("static scales are for the dense product, layout tile")
+    if k > FC_STATIC_MAX_K:
+        raise ValueError(f"int8 products with a zero point sum at most {FC_STATIC_MAX_K} terms, got {k}")
+    return 0
+
+
+def quantize_activations(
+    Program program not None, x, bint lanes, str layout, codes, scales, scale=None, int zero_point=128
+):
     """Append: quantise float32 x per row m (rows [M, K], or lanes [K, M] if `lanes`) into a uint8 panel and scales[M].
 
     scales = max|x| / 127 and q = round half even(x * (127 / max|x|)). A row of zeros (or below 2^-119) has scale 1; a row with a
     value that is not finite has scale NaN, and so has every output computed from it.
+
+    With a static `scale`, codes = clip(round half even(x / scale) + zero_point, 0, 255) and all scales are that one; NaN counts as 0.
     """
     cdef fc_quantize_activations_args args
     args.x = <const float *>pointer(x, "x", "f", (None, None))
@@ -111,6 +130,10 @@ def quantize_activations(Program program not None, x, bint lanes, str layout, co
     args.codes = <uint8_t *>pointer(codes, "codes", "B", (codes_nbytes(args.m, args.k, layout),), True)
     args.scales = <float *>pointer(scales, "scales", "f", (args.m,), True)
     args.layout = PANEL_LAYOUTS[layout]
+    args.scale, args.zero_point = 0.0, zero_point
+    if scale is not None:
+        check_static(scale, zero_point, args.k, layout)
+        args.scale = scale
     program.add(fc_quantize_activations, &args, sizeof(args), (x, codes, scales))
 
 
@@ -149,14 +172,18 @@ def int8_packed_nbytes(Weight weight not None):
 
 
 def linear_int8(
-    Program program not None, codes, scales, int64_t m, PackedInt8 weight not None, weight_scale, out, bias, activation, residual
+    Program program not None, codes, scales, int64_t m, PackedInt8 weight not None, weight_scale, out, bias, activation, residual,
+    int zero_point=128,
 ):
     """Append: out[M,N] = activation(acc * (scales[m] * weight_scale[n]) + bias[n]) + residual, from a "tile" panel of M rows.
 
-    `residual` may be `out` itself. weight_scale is read at every run.
+    `residual` may be `out` itself. weight_scale is read at every run. `zero_point` is that of the codes' static scale.
     """
     cdef fc_linear_int8_args args
     n, k = weight.shape
+    if zero_point != 128:
+        check_static(1.0, zero_point, k, "tile")
+    args.zero_point = zero_point
     args.codes = <const uint8_t *>pointer(codes, "codes", "B", (codes_nbytes(m, k, "tile"),))
     args.scales = <const float *>pointer(scales, "scales", "f", (m,))
     args.weight = &weight.packed

@@ -74,6 +74,16 @@ static void linear_u8_s8_f32_scalar(const fc_int8_tile *t) {
     }
 }
 
+static void quantize_static_rows_f32_u8_scalar(const float *x, int64_t stride, int64_t rows, int64_t k, float scale,
+                                               int zero_point, uint8_t *out, int64_t out_stride) {
+    quantize_static_rows_body(x, stride, rows, k, scale, zero_point, out, out_stride);
+}
+
+static void quantize_static_lanes_f32_u8_scalar(const float *x, int64_t stride, int64_t rows, int64_t k, float scale,
+                                                int zero_point, uint8_t *out, int64_t out_stride) {
+    quantize_static_lanes_body(x, stride, rows, k, scale, zero_point, out, out_stride);
+}
+
 void fc_quant_install_scalar(fc_table *table) {
     FC_INSTALL(table, max_abs_f32, scalar);
     FC_INSTALL(table, max_abs_lanes_f32, scalar);
@@ -81,4 +91,6 @@ void fc_quant_install_scalar(fc_table *table) {
     FC_INSTALL(table, quantize_rows_f32_u8, scalar);
     FC_INSTALL(table, quantize_lanes_f32_u8, scalar);
     FC_INSTALL(table, linear_u8_s8_f32, scalar);
+    FC_INSTALL(table, quantize_static_rows_f32_u8, scalar);
+    FC_INSTALL(table, quantize_static_lanes_f32_u8, scalar);
 }

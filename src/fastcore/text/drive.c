@@ -104,7 +104,7 @@ typedef struct sequence {
 
 static int64_t clamp(int64_t value, int64_t low, int64_t high) { return value < low ? low : value > high ? high : value; }
 
-static sequence sequence_of(const fc_pool *p, int64_t segment) {
+static sequence sequence_of(const fc_token_pool *p, int64_t segment) {
     if (p->offsets) {
         const int64_t begin = clamp(p->offsets[segment], 0, p->rows);
         return (sequence){begin, clamp(p->offsets[segment + 1], begin, p->rows), NULL};
@@ -113,24 +113,24 @@ static sequence sequence_of(const fc_pool *p, int64_t segment) {
     return (sequence){segment * p->length, (segment + 1) * p->length, mask};
 }
 
-static int counts(const fc_pool *p, const sequence *s, int64_t row) {
+static int counts(const fc_token_pool *p, const sequence *s, int64_t row) {
     if (!s->mask) return 1;
     return p->mask_bytes == 8 ? ((const int64_t *)s->mask)[row - s->begin] != 0 : ((const char *)s->mask)[row - s->begin] != 0;
 }
 
 /* What the weights of a sequence's rows are divided by; 0 for one without tokens. */
-static double divisor(const fc_pool *p, const sequence *s) {
+static double divisor(const fc_token_pool *p, const sequence *s) {
     double tokens = 0, places = 0;
     for (int64_t row = s->begin; row < s->end; row++)
         if (counts(p, s, row)) tokens += 1, places += (double)(row - s->begin + 1);
     return p->mode == FC_POOL_SQRT ? sqrt(tokens) : p->mode == FC_POOL_WEIGHTED ? places : p->mode == FC_POOL_MEAN ? tokens : 1;
 }
 
-static float weight_of(const fc_pool *p, const sequence *s, int64_t row, double total) {
+static float weight_of(const fc_token_pool *p, const sequence *s, int64_t row, double total) {
     return (float)((p->mode == FC_POOL_WEIGHTED ? (double)(row - s->begin + 1) : 1) / total);
 }
 
-static void pool_sequence(const fc_pool *p, const sequence *s, int64_t j, int64_t columns, float *out) {
+static void pool_sequence(const fc_token_pool *p, const sequence *s, int64_t j, int64_t columns, float *out) {
     const double total = divisor(p, s);
     int some = 0;
     fill_zero(out, columns);
@@ -149,7 +149,7 @@ static void pool_sequence(const fc_pool *p, const sequence *s, int64_t j, int64_
 }
 
 void fc_text_pool(const void *args, int rank, int size) {
-    const fc_pool *p = args;
+    const fc_token_pool *p = args;
     int64_t j, end;
     share_columns(p->rows, p->n, rank, size, &j, &end);
     if (j == end) return;
@@ -160,7 +160,7 @@ void fc_text_pool(const void *args, int rank, int size) {
 }
 
 /* The gradient of a maximum goes to the first row that reaches it, NaN being the largest. */
-static void max_grad_of_column(const fc_pool *p, const sequence *s, int64_t j, float dy) {
+static void max_grad_of_column(const fc_token_pool *p, const sequence *s, int64_t j, float dy) {
     int64_t best = -1;
     for (int64_t row = s->begin; row < s->end; row++) {
         if (!counts(p, s, row)) continue;
@@ -171,7 +171,7 @@ static void max_grad_of_column(const fc_pool *p, const sequence *s, int64_t j, f
 }
 
 void fc_text_pool_grad(const void *args, int rank, int size) {
-    const fc_pool *p = args;
+    const fc_token_pool *p = args;
     int64_t begin, end;
     share_columns(p->rows, p->n, rank, size, &begin, &end);
     if (begin == end) return;

@@ -62,7 +62,7 @@ typedef enum fc_pooling { FC_POOL_MEAN, FC_POOL_SQRT, FC_POOL_WEIGHTED, FC_POOL_
 
 /* One vector for each of `segments` sequences. With offsets [segments + 1] they lie packed in `rows` rows, what leads out of them
  * being cut off; else they are `length` rows each and the mask says which count. A sequence without tokens gives zeros. */
-typedef struct fc_pool {
+typedef struct fc_token_pool {
     fc_pooling mode;
     int64_t segments, length, rows, n;
     const float *x, *dy;
@@ -70,7 +70,7 @@ typedef struct fc_pool {
     int mask_bytes;   /* of an item: 8 or 1 */
     const int64_t *offsets;
     float *out; /* [segments, n], or the gradient of x */
-} fc_pool;
+} fc_token_pool;
 void fc_text_pool(const void *args, int rank, int size);
 void fc_text_pool_grad(const void *args, int rank, int size);
 

@@ -22,7 +22,7 @@ cdef extern from "text/text.h" nogil:
         fc_indices indices[4]
         const float *data[4]
         float *out
-    ctypedef struct fc_pool:
+    ctypedef struct fc_token_pool:
         fc_pooling mode
         int64_t segments, length, rows, n
         const float *x
@@ -105,7 +105,7 @@ def lookups(Program program, out not None, *pairs):
 
 cdef int add_pool(Program program, fc_step_fn *run, str mode, x, mask, offsets, dy, out) except -1:
     """Append a pooling of x, or its gradient where there is a dy."""
-    cdef fc_pool p
+    cdef fc_token_pool p
     memset(&p, 0, sizeof(p))
     if mode not in POOLINGS:
         raise ValueError(f"unknown pooling {mode!r}; choose one of {', '.join(POOLINGS)}")

@@ -1,6 +1,6 @@
 """The registry of kernel cases: one file per family, one line here."""
 
-from kernels.cases import aggregate, attention, dense, nn, quant, sparse, text
+from kernels.cases import aggregate, attention, dense, nn, quant, sparse, text, vision
 
 CASES = [
     *aggregate.CASES,
@@ -10,4 +10,5 @@ CASES = [
     *quant.CASES,
     *sparse.CASES,
     *text.CASES,
+    *vision.CASES,
 ]

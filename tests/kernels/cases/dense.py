@@ -24,6 +24,7 @@ OPTIONS = [  # (activation, bias, residual)
     ("silu", False, False),
 ]
 FORMS = ("float32", "int8", "blocks_float32", "blocks_int8")
+SUBNORMAL = 2.0**-126  # bf16 products may take what is smaller for 0
 
 
 # ---- inputs: arrays only, so that the harness may move and lock them ----
@@ -207,6 +208,69 @@ def grad_shape(inputs: Arrays) -> tuple[int, ...]:
     return inputs["scale"].shape if "scale" in inputs else inputs["values"].shape
 
 
+# ---- bf16: the same oracles over rounded operands ----
+
+
+def as_bf16(array: np.ndarray) -> np.ndarray:
+    """Round float32 half to even to 8 bits of mantissa, by arithmetic in float64: no bit of it is shared with the library."""
+    mantissa, exponent = np.frexp(array.astype(np.float64))
+    return np.ldexp(np.rint(mantissa * 256), exponent - 8).astype(np.float32)
+
+
+def rounded(inputs: Arrays, *names: str) -> Arrays:
+    """The inputs with some operands rounded; any weight is in dense float32 form."""
+    weight = as_bf16(dense_weight(inputs).astype(np.float32)) if "weight" in names else dense_weight(inputs)
+    kept = {name: inputs[name] for name in ("bias", "residual", "activation")}
+    operands = {name: as_bf16(inputs[name]) if name in names else inputs[name] for name in ("x", "dy")}
+    return {**kept, **operands, "values": weight}
+
+
+def bf16_bound(bound, *names: str):
+    """Every product is exact in float32 and every sum rounds: twice the sums of fp32, whose products round with them."""
+
+    def doubled(inputs: Arrays, wanted: Arrays) -> Arrays:
+        limits = bound(rounded(inputs, *names), wanted)
+        terms = max(inputs["x"].shape[1], inputs["dy"].shape[1], len(inputs["x"])) + 1
+        return {name: 2 * limit + 4 * terms * SUBNORMAL for name, limit in limits.items()}
+
+    return doubled
+
+
+def build_bf16_packed(program, inputs, outputs, scratch) -> None:
+    epilogue = inputs["bias"], inputs["activation"], inputs["residual"]
+    _core.linear_bf16(program, inputs["x"], _core.pack_bf16(weight_of(inputs), 2), outputs["out"], *epilogue, scratch)
+
+
+def build_bf16_in_place(program, inputs, outputs, scratch) -> None:
+    epilogue = inputs["bias"], inputs["activation"], inputs["residual"]
+    _core.linear_bf16(program, inputs["x"], weight_of(inputs), outputs["out"], *epilogue, scratch)
+
+
+def build_bf16_grad_input(program, inputs, outputs, scratch) -> None:
+    _core.linear_grad_input_bf16(program, inputs["dy"], weight_of(inputs), outputs["dx"], scratch)
+
+
+def build_bf16_grad_weight(program, inputs, outputs, scratch) -> None:
+    _core.linear_grad_weight_bf16(program, inputs["dy"], inputs["x"], weight_of(inputs), outputs["grad"], scratch)
+
+
+def bf16_row(name, form, slots, output, shape, build, oracle, bound, operands) -> Case:
+    return Case(
+        name=f"{name}_{form}",
+        slots=slots,
+        sizes=BLOCK_SIZES if "blocks" in form else DENSE_SIZES,
+        inputs=partial(draw, form=form),
+        outputs=lambda inputs: {output: (shape(inputs), np.float32)},
+        run=partial(run, build),
+        bind=partial(bind, build),
+        oracle=lambda inputs: oracle(rounded(inputs, *operands)),
+        bound=bf16_bound(bound, *operands),
+        compare="bounded",
+        bench=tuple((*size, 1) for size in BENCH) if form == "float32" else (),
+        work=lambda size: Work(operations=2.0 * size[0] * size[1] * size[2], limit="fma"),
+    )
+
+
 # ---- rows: tiles of 4 x 8, 6 x 16 and 12 x 32 and their neighbours, depths around 256 and 768, and nothing at all ----
 
 SHAPES = (
@@ -268,7 +332,30 @@ def input_shape(inputs: Arrays) -> tuple[int, ...]:
 LINEAR = ("gemm_f32", "pack_rows_f32", "epilogue_f32")
 GRAD_INPUT = ("gemm_f32", "pack_rows_f32", "pack_columns_f32")
 GRAD_WEIGHT = ("gemm_f32", "pack_columns_f32", "dot_f32")
+LINEAR_BF16 = ("gemm_bf16", "convert_f32_bf16")
+GRAD_BF16 = ("gemm_bf16", "pair_f32_bf16")
+BF16 = [
+    *(
+        bf16_row(
+            "linear_bf16", form, LINEAR_BF16, "out", product_shape, build_bf16_packed, linear_oracle, linear_bound, ("x", "weight")
+        )
+        for form in ("float32", "blocks_int8")
+    ),
+    bf16_row(
+        "linear_bf16_in_place", "float32", LINEAR_BF16, "out", product_shape, build_bf16_in_place, linear_oracle, linear_bound,
+        ("x", "weight"),
+    ),
+    bf16_row(
+        "linear_grad_input_bf16", "float32", ("gemm_bf16", "convert_f32_bf16", "pair_f32_bf16"), "dx", input_shape,
+        build_bf16_grad_input, grad_input_oracle, grad_input_bound, ("dy", "weight"),
+    ),
+    bf16_row(
+        "linear_grad_weight_bf16", "float32", GRAD_BF16, "grad", grad_shape, build_bf16_grad_weight, grad_weight_oracle,
+        grad_weight_bound, ("dy", "x"),
+    ),
+]  # fmt: skip
 CASES: list[Case] = [
+    *BF16,
     *rows("linear_packed", LINEAR, "out", product_shape, build_packed, linear_oracle, linear_bound),
     *rows("linear_in_place", LINEAR, "out", product_shape, build_in_place, linear_oracle, linear_bound),
     *rows("linear_grad_input", GRAD_INPUT, "dx", input_shape, build_grad_input, grad_input_oracle, grad_input_bound),

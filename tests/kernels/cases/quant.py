@@ -128,6 +128,59 @@ def activation_case(name, lanes, layout, bench=()):
     )
 
 
+STATIC = ((np.float32(0.037), 90), (np.float32(3e-6), 0), (np.float32(1 / 3), 255), (np.float32(2.0), 128))
+
+
+def static_codes(x, scale, zero_point):
+    """ONNX QuantizeLinear to uint8: the quotient rounded to float32, then half to even, then clipped. NaN counts as 0."""
+    with np.errstate(all="ignore"):
+        return np.clip(np.rint(np.nan_to_num(x / scale, nan=0.0)).astype(np.float64) + zero_point, 0, 255).astype(np.uint8)
+
+
+def static_case(name, lanes, bench=()):
+    def run(inputs, outputs, threads):
+        program = _core.Program()
+        panels = outputs["codes"], outputs["scales"]
+        _core.quantize_activations(program, inputs["x"], lanes, "tile", *panels, float(inputs["scale"]), inputs["zero_point"])
+        program.run(threads)
+
+    def padded(inputs):
+        codes = static_codes(inputs["x"].T if lanes else inputs["x"], inputs["scale"], inputs["zero_point"])
+        m, k = codes.shape
+        wide = np.full((m, -(-k // 4) * 4), inputs["zero_point"], np.uint8)
+        wide[:, :k] = codes
+        return wide
+
+    def outputs(inputs):
+        m, k = inputs["x"].shape[::-1] if lanes else inputs["x"].shape
+        return {"codes": ((m * (-(-k // 4) * 4),), np.uint8), "scales": ((m,), np.float32)}
+
+    def inputs(rng, size):
+        m, k = size
+        scale, zero_point = STATIC[(m + k) % len(STATIC)]
+        x = (scale * rng.uniform(-150, 300, (m, k))).astype(np.float32)
+        if x.size > 8:  # ties, ends and what has no code
+            x.reshape(-1)[:8] = np.array([0.5, 1.5, -2.5, 1e30, np.inf, -np.inf, np.nan, 0]) * scale
+            x[-1] = (scale * (rng.integers(-100, 200, k) + 0.5)).astype(np.float32)
+        return {"x": np.ascontiguousarray(x.T) if lanes else x, "scale": scale, "zero_point": zero_point}
+
+    return Case(
+        name=name,
+        slots=("quantize_static_lanes_f32_u8" if lanes else "quantize_static_rows_f32_u8",),
+        sizes=MATRICES,
+        inputs=inputs,
+        outputs=outputs,
+        run=run,
+        oracle=lambda inputs: {
+            "codes": panel(padded(inputs), "tile"),
+            "scales": np.full(len(padded(inputs)), inputs["scale"], np.float32),
+        },
+        bound=lambda inputs, wanted: dict.fromkeys(wanted, 0),
+        bench=bench,
+        work=lambda size: Work(bytes=size[0] * size[1] * 5, limit="dram"),
+    )
+
+
 def run_quantize_weight(inputs, outputs, threads):
     _core.quantize_weight(inputs["weight"], outputs["codes"], outputs["scale"], threads)
 
@@ -301,6 +354,8 @@ CASES: list[Case] = [
     activation_case("quantize_rows_to_lanes", False, "lanes", bench=((512, 768),)),
     activation_case("quantize_lanes_to_tile", True, "tile"),
     activation_case("quantize_lanes_to_lanes", True, "lanes", bench=((128, 768), (512, 768))),
+    static_case("quantize_static_rows", False, bench=((128, 768),)),
+    static_case("quantize_static_lanes", True),
     product_case(
         "linear_int8",
         bench=((128, 3072, 768), (512, 768, 3072), (128, 1536, 384), (128, 384, 1536), (16, 3072, 768), (1, 3072, 768)),
