@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import limits
+from gristmill.bench import limits
 from kernels.cases import CASES
 
 ROWS = [(case, size) for case in CASES for size in case.bench]

@@ -8,37 +8,37 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "rivals"))
 
-from race import Contest, Entry, main
+from contests import contest, entry, main
 
 AGGREGATE = (
-    Entry("gristmill weighted_sum", "aggregate", "gristmill"),
-    Entry("NumPy add, whole arrays", "aggregate", "numpy_whole"),
-    Entry("NumPy add, in blocks", "aggregate", "numpy_blocks"),
-    Entry("NumPy dot of a stacked matrix", "aggregate", "numpy_dot"),
-    Entry("torch add_", "aggregate", "torch_add"),
-    Entry("torch mean of a stacked tensor", "aggregate", "torch_mean"),
+    entry("gristmill weighted_sum", "aggregate", "gristmill"),
+    entry("NumPy add, whole arrays", "aggregate", "numpy_whole"),
+    entry("NumPy add, in blocks", "aggregate", "numpy_blocks"),
+    entry("NumPy dot of a stacked matrix", "aggregate", "numpy_dot"),
+    entry("torch add_", "aggregate", "torch_add"),
+    entry("torch mean of a stacked tensor", "aggregate", "torch_mean"),
 )
 ADAMW = (
-    Entry("gristmill AdamW", "adamw", "gristmill"),
-    Entry("torch AdamW fused", "adamw", "torch_fused"),
-    Entry("torch AdamW foreach", "adamw", "torch_foreach"),
+    entry("gristmill AdamW", "adamw", "gristmill"),
+    entry("torch AdamW fused", "adamw", "torch_fused"),
+    entry("torch AdamW foreach", "adamw", "torch_foreach"),
 )
 MASK = (
-    Entry("gristmill magnitude_mask", "mask", "gristmill"),
-    Entry("NumPy partition", "mask", "numpy_partition"),
-    Entry("torch kthvalue", "mask", "torch_kthvalue"),
-    Entry("torch prune.global_unstructured", "mask", "torch_prune"),
+    entry("gristmill magnitude_mask", "mask", "gristmill"),
+    entry("NumPy partition", "mask", "numpy_partition"),
+    entry("torch kthvalue", "mask", "torch_kthvalue"),
+    entry("torch prune.global_unstructured", "mask", "torch_prune"),
 )
 INLINE = (
-    Entry("gristmill fit inline, 1 slice", "fit", "gristmill_inline"),
-    Entry("gristmill fit inline, 4 slices (default)", "fit", "gristmill_slices"),
-    Entry("torch", "fit", "torch"),
-    Entry("torch.compile", "fit", "torch_compiled"),
+    entry("gristmill fit inline, 1 slice", "fit", "gristmill_inline"),
+    entry("gristmill fit inline, 4 slices (default)", "fit", "gristmill_slices"),
+    entry("torch", "fit", "torch"),
+    entry("torch.compile", "fit", "torch_compiled"),
 )
 WORKERS = (
-    Entry("gristmill fit, 2 workers, 2 slices", "fit", "gristmill_workers"),
-    Entry("gristmill fit, 2 workers, 4 slices (default)", "fit", "gristmill_workers_slices"),
-    Entry("torch DistributedDataParallel gloo, 2 processes", "fit", "torch_distributed"),
+    entry("gristmill fit, 2 workers, 2 slices", "fit", "gristmill_workers"),
+    entry("gristmill fit, 2 workers, 4 slices (default)", "fit", "gristmill_workers_slices"),
+    entry("torch DistributedDataParallel gloo, 2 processes", "fit", "torch_distributed"),
 )
 FITS = (
     ("fit 64-512-256-10, batch 32", (1, 32)),
@@ -49,13 +49,13 @@ FITS = (
 
 def contests():
     for threads in (1, 2):
-        yield Contest("mean of 8 x 25M float32", (8, 25_000_000), threads, AGGREGATE, rounds=7, seconds=0.3)
-        yield Contest("adamw step of 25M parameters", (25_000_000,), threads, ADAMW, rounds=7, seconds=0.3)
-        yield Contest("magnitude mask of 64M weights, 80 %", (1 << 26, 0.8), threads, MASK, rounds=3, seconds=0.3)
+        yield contest("mean of 8 x 25M float32", (8, 25_000_000), threads, AGGREGATE, rounds=7, seconds=0.3)
+        yield contest("adamw step of 25M parameters", (25_000_000,), threads, ADAMW, rounds=7, seconds=0.3)
+        yield contest("magnitude mask of 64M weights, 80 %", (1 << 26, 0.8), threads, MASK, rounds=3, seconds=0.3)
         for title, size in FITS:
-            yield Contest(title, size, threads, INLINE, unit="sample", rounds=5, seconds=0.3)
+            yield contest(title, size, threads, INLINE, unit="sample", rounds=5, seconds=0.3)
     for title, size in FITS:
-        yield Contest(f"{title}, processes", size, 2, WORKERS, unit="sample", rounds=5, seconds=0.3)
+        yield contest(f"{title}, processes", size, 2, WORKERS, unit="sample", rounds=5, seconds=0.3)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ LAYERS = (
     ("training", "metrics"),
     ("compression", "edge"),
     ("serving",),
+    ("bench",),
     ("cli", "__main__", "__init__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,7 +1,8 @@
 """One AdamW step of a flat vector of parameters."""
 
 import numpy as np
-from protocol import serve
+
+from gristmill.bench.protocol import main
 
 RATE, DECAY = 1e-3, 0.01
 
@@ -52,4 +53,4 @@ def gristmill(threads, length):
 ENGINES = {"gristmill": gristmill, "torch_fused": torch_step("fused"), "torch_foreach": torch_step("foreach")}
 
 if __name__ == "__main__":
-    serve(ENGINES)
+    main(ENGINES)

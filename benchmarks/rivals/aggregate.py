@@ -1,7 +1,8 @@
 """The mean of n gradients, into an array that exists: what a parameter server does once a step."""
 
 import numpy as np
-from protocol import serve
+
+from gristmill.bench.protocol import main
 
 BLOCK = 16384  # elements whose sum stays in the first-level cache
 
@@ -94,4 +95,4 @@ def gristmill(threads, count, length):
 ENGINES = {each.__name__: each for each in (gristmill, numpy_whole, numpy_blocks, numpy_dot, torch_add, torch_mean)}
 
 if __name__ == "__main__":
-    serve(ENGINES)
+    main(ENGINES)

@@ -5,7 +5,8 @@ from itertools import pairwise
 import numpy as np
 from gemm import quiet, torch_inference
 from onnx_models import bound_run, perceptron, quantized
-from protocol import serve
+
+from gristmill.bench.protocol import main
 
 SIZES = (64, 512, 256, 10)
 
@@ -79,4 +80,4 @@ ENGINES = {
 }
 
 if __name__ == "__main__":
-    serve(ENGINES)
+    main(ENGINES)

@@ -11,7 +11,8 @@ from itertools import pairwise
 from statistics import median
 
 import numpy as np
-from protocol import serve
+
+from gristmill.bench.protocol import main
 
 MODELS = {1: ((64, 512, 256, 10), 1408, 8), 10: ((784, 2048, 2048, 2048, 10), 2560, 2)}  # layers, examples, epochs of a call
 RATE = 1e-3
@@ -99,7 +100,7 @@ def torch_distributed(threads, which, batch):
     if rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, RANKS, is_master=True, wait_for_workers=False)
         environment = {**os.environ, "RANK": "1", "STORE_PORT": str(store.port)}
-        subprocess.Popen([sys.executable, *sys.argv], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        subprocess.Popen(sys.orig_argv, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     else:
         store = dist.TCPStore("127.0.0.1", int(os.environ["STORE_PORT"]), RANKS, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
@@ -128,4 +129,4 @@ ENGINES = {
 }
 
 if __name__ == "__main__":
-    serve(ENGINES)
+    main(ENGINES)

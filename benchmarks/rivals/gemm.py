@@ -4,7 +4,8 @@ from contextlib import ExitStack
 
 import numpy as np
 from onnx_models import bound_run, perceptron, quantized
-from protocol import serve
+
+from gristmill.bench.protocol import main
 
 FOREVER = ExitStack()
 
@@ -135,4 +136,4 @@ ENGINES = {
 }
 
 if __name__ == "__main__":
-    serve(ENGINES)
+    main(ENGINES)

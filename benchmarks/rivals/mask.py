@@ -1,7 +1,8 @@
 """A global magnitude mask: which 20 % of all weights stay."""
 
 import numpy as np
-from protocol import serve
+
+from gristmill.bench.protocol import main
 
 TENSORS = 16
 
@@ -70,4 +71,4 @@ def torch_prune(threads, length, drop):
 ENGINES = {each.__name__: each for each in (gristmill, numpy_partition, torch_kthvalue, torch_prune)}
 
 if __name__ == "__main__":
-    serve(ENGINES)
+    main(ENGINES)

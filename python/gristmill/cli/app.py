@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 import gristmill
-from gristmill.cli import adapt, compress, embed, inspect, kernels, run, serve, show_demo, train
+from gristmill.cli import adapt, bench, compress, embed, inspect, kernels, run, serve, show_demo, train
 from gristmill.errors import GristmillError
 
 
@@ -81,3 +81,4 @@ app.command(epilog="Example: gristmill run small.safetensors --data inputs.npz -
 app.command(epilog="Example: gristmill inspect small.safetensors")(inspect.inspect)
 app.command(epilog="Example: GRISTMILL_ISA=avx2 gristmill kernels")(kernels.kernels)
 app.command(epilog="Example: gristmill demo --json figures.json")(show_demo.demo)
+app.command(epilog="Example: gristmill bench --quick --json figures.json --plot figures.png")(bench.bench)

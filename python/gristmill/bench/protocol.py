@@ -1,11 +1,11 @@
 """The worker's side of a race: one engine in a process of its own that runs when it is told to.
 
-    python gemm.py ENGINE THREADS SIZE...
-
-builds the engine and prints "ready"; for every line "SECONDS" that it reads it calls the engine for about that long and prints
+It builds the engine and prints "ready"; for every line "SECONDS" that it reads it calls the engine for about that long and prints
 the median seconds of a call. A call may return its own figure, in seconds per unit of work, where its start does not count.
 """
 
+import ctypes
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -13,20 +13,32 @@ from statistics import median
 
 Call = Callable[[], float | None]
 WARM_SECONDS = 0.3
+PR_SET_PDEATHSIG = 1
 
 
-def serve(engines: Mapping[str, Callable[..., Call]]) -> None:
+def main(engines: Mapping[str, Callable[..., Call]]) -> None:
+    """Serve one of the engines of a file: python FILE ENGINE THREADS SIZE..."""
     name, threads, *size = sys.argv[1:]
-    call = engines[name](int(threads), *[float(part) if "." in part else int(part) for part in size])
+    serve(engines[name](int(threads), *[float(part) if "." in part else int(part) for part in size]))
+
+
+def serve(call: Call) -> None:
+    die_with_parent()
     measure(call, WARM_SECONDS)
     print("ready", flush=True)
     for line in sys.stdin:
         print(measure(call, float(line)), flush=True)
 
 
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when the runner ends in whatever way: a stopped one would never see its pipe close."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def measure(call: Call, seconds: float) -> float:
     """Return the median of as many calls as fit, one at least."""
-    times = []
+    times: list[float] = []
     end = time.perf_counter() + seconds
     while not times or time.perf_counter() < end:
         begin = time.perf_counter()

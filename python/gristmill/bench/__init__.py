@@ -1,0 +1,1 @@
+"""Benchmarks of text encoders against rivals: what `gristmill bench` runs, and what `benchmarks/` shares with it."""
