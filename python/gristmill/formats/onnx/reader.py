@@ -15,6 +15,7 @@ import numpy as np
 from gristmill.errors import FormatError, GristmillError, MissingExtraError
 from gristmill.formats.container import parse as parse_json
 from gristmill.formats.onnx.builder import Builder
+from gristmill.formats.onnx.canonical import canonical
 from gristmill.formats.onnx.canonical.contrib import CONTRIB, DOMAIN
 from gristmill.formats.onnx.control import NAME as CONTROL
 from gristmill.formats.onnx.control import chosen, progresses_by, progression
@@ -81,7 +82,7 @@ def from_proto(proto: Any, home: Path | None = None) -> Model:
         FormatError: as `load`.
     """
     try:
-        return _Reader(proto, Folder(home)).model()
+        return canonical(_Reader(proto, Folder(home)).model())
     except Unsupported as error:
         raise FormatError(f"not supported: {error}") from error
     except FAULTS as error:
