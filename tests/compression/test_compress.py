@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import gristmill as gm
+from gristmill.compression import measure
 from gristmill.errors import DataError, ModelError
 from gristmill.runtime.session import Session
 
@@ -208,3 +209,22 @@ def test_recipes_that_cannot_work_are_refused(model):
         gm.compress(model, [gm.Distill()])
     with pytest.raises(ModelError, match="Quantize last"):
         gm.compress(model, [gm.Quantize(), gm.Prune(0.5)])
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_encoder_is_measured_on_ids_within_its_tables(precision):
+    model = gm.zoo.bert(layers=1, hidden=32, heads=2, vocabulary=50, positions=64)
+    small, report = gm.compress(model, [gm.Quantize(precision)])
+    assert 0 < report.stages[-1].error < 0.1
+    assert len(report.layers) == len(small.weights) == 6
+    with pytest.raises(DataError, match=r"input_ids, attention_mask.*without data"):
+        gm.compress(model, [gm.Quantize(precision)], np.zeros((4, 8), np.int64))
+
+
+def test_weights_that_are_alike_are_timed_once(monkeypatch):
+    timed = []
+    monkeypatch.setattr(measure, "_layer_latency", lambda tensor, threads: timed.append(tensor) or {1: 0.0, 256: 0.0})
+    model = gm.zoo.mlp([32, 32, 32, 32, 8])
+    layers = list(measure.measure_layers(model, model, threads=1))
+    assert len(layers) == 4
+    assert len(timed) == 2

@@ -26,6 +26,7 @@ class Precision(StrEnum):
     """What weights are quantised to."""
 
     int8 = "int8"
+    bf16 = "bf16"
 
 
 class Style(StrEnum):
@@ -36,7 +37,7 @@ class Style(StrEnum):
 
 
 def compress(
-    model: Annotated[Path, typer.Option(help="The model file to compress.")],
+    model: Annotated[Path, typer.Option(help="The model file or Hugging Face folder to compress.")],
     out: Annotated[Path, typer.Option(help="Where to write the compressed model.")],
     data: Annotated[Path | None, typer.Option(help="An .npz file with x and y: to distil with, and to measure on.")] = None,
     validation: Annotated[str | None, typer.Option(help="Measure on this share of the data, or on this .npz file.")] = None,

@@ -15,9 +15,9 @@ LONGEST = 1000  # characters of a text that is shown
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(help="The model file or folder.")],
+    model: Annotated[Path, typer.Argument(help="The model file or Hugging Face folder.")],
     batch: Annotated[int, typer.Option(min=1, help="What symbolic dimensions are taken as when kernels are chosen.")] = 1,
-    precision: Annotated[str | None, typer.Option(help="Show the kernels of this precision: float32 or int8.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Show the kernels of this precision: float32, bf16 or int8.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a model holds: its graph, its tensors, the kernels that serve it here, and where it comes from."""

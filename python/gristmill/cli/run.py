@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def run(
-    model: Annotated[Path, typer.Argument(help="The model file.")],
+    model: Annotated[Path, typer.Argument(help="The model file or Hugging Face folder.")],
     data: Annotated[Path, typer.Option(help="An .npz file with an array for each input of the model; others are ignored.")],
     out: Annotated[Path | None, typer.Option(help="Write the outputs to this .npz file instead of printing them.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: the physical cores.")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32, or int8 to quantise dense weights first.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, bf16, or int8 to quantise dense weights first.")] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Runs to time, after a first one that plans.")] = 5,
 ) -> None:
     """Run a model on arrays from a file; print or write its outputs and the latency."""

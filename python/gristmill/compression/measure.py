@@ -1,6 +1,7 @@
 """The measurements behind a report."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from gristmill.tensor.parts import Array
 
 Examples = tuple[Array, Array | None]
 SAMPLE = 1024  # examples that the output error is taken on
+SEQUENCES = 64  # as many of them where an example is a sequence
 
 
 def measure_model(
@@ -37,7 +39,7 @@ def measure_model(
 
 def output_error(model: Model, original: Model, data: Examples | None, threads: int) -> float:
     """Return |y - y0| / |y0| over the first output, on data where there is any, else on random inputs."""
-    inputs = random_inputs(original, SAMPLE)
+    inputs = random_inputs(original, examples_of(original))
     if data is not None:
         (name,) = original.inputs
         inputs = {name: np.ascontiguousarray(data[0][:SAMPLE], original.inputs[name].dtype)}
@@ -47,8 +49,22 @@ def output_error(model: Model, original: Model, data: Examples | None, threads: 
     return float(np.linalg.norm(after - before) / max(float(np.linalg.norm(before)), 1e-30))
 
 
+def examples_of(model: Model) -> int:
+    """Return how many examples the output error is taken on: fewer where an example is a sequence, which takes longer to run."""
+    sequences = any(isinstance(dim, str) for kind in model.inputs.values() for dim in kind.shape[1:])
+    return SEQUENCES if sequences or len(model.inputs) > 1 else SAMPLE
+
+
 def measure_layers(before: Model, after: Model, threads: int) -> Iterator[Layer]:
-    """Compare every weight that the two models share."""
+    """Compare every weight that the two models share. Weights alike in all that time depends on are timed once."""
+    timed: dict[Any, dict[int, float]] = {}
+
+    def latency_of(tensor: Tensor) -> dict[int, float]:
+        key = tensor.kind, tensor.shape, _describe(tensor), tensor.nbytes
+        if key not in timed:
+            timed[key] = _layer_latency(tensor, threads)
+        return timed[key]
+
     for name in before.weights:
         old, new = before.tensors[name], after.tensors.get(name)
         if new is None or new.shape != old.shape:
@@ -63,8 +79,8 @@ def measure_layers(before: Model, after: Model, threads: int) -> Iterator[Layer]
             sparsity=new.sparsity,
             bytes_before=old.nbytes,
             bytes_after=new.nbytes,
-            latency_ms_before=_layer_latency(old, threads),
-            latency_ms_after=_layer_latency(new, threads),
+            latency_ms_before=latency_of(old),
+            latency_ms_after=latency_of(new),
         )
 
 

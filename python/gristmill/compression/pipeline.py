@@ -55,6 +55,8 @@ def compress(
     if not isinstance(recipe, Sequence) or not recipe or not all(isinstance(step, Pass) for step in recipe):
         raise ModelError(f"a recipe is a list of passes such as [Clip(), Prune(0.8), Quantize()], got {recipe!r}")
     check_model(model)
+    if not (data is validation is None or len(model.inputs) == 1):
+        raise DataError(f"data are for models of one input, this one takes {', '.join(model.inputs)}; compress it without data")
     examples = None if data is None else checked_examples("data", data)
     context = Context(model, examples, seed, check_threads(threads), progress)
     checked = examples if validation is None else checked_examples("validation", validation)
