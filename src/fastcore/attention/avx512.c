@@ -2,7 +2,7 @@
  *
  * Twelve rows are addressed from three pointers and two strides, so that scores, probabilities and heads in place all serve
  * without a copy. Bound by the FMA port: per step 24 vfmadd231ps against 2 vector loads and 12 broadcasts. exp takes 9
- * instructions per 16 scores, two thirds of them on the same port: 64 FMAs per 16 scores at width 32, so an eighth of the time.
+ * instructions per 16 scores, two thirds of them on the same port: 64 FMAs per 16 scores at width 32, so a seventh of the time.
  */
 #include "../fastcore.h"
 

@@ -167,8 +167,19 @@ static void attention_columns_bf16_avx512bf16(const float *values, int64_t strid
     }
 }
 
+/* Weights of the present lanes of two vectors become 16 pairs; their sum is added to *sum. */
+FC_INLINE __m512i weigh_pairs(__m512 low, __m512 high, __m512 top, __m512 gain, __mmask16 here, __mmask16 there, __m512 *sum) {
+    const __m512 scaled[2] = {_mm512_mul_ps(_mm512_sub_ps(low, top), gain), _mm512_mul_ps(_mm512_sub_ps(high, top), gain)};
+    const __m512 e = _mm512_maskz_mov_ps(here, exp2_of(scaled[0], fc_exp2_terms_bf16, 4));
+    const __m512 f = _mm512_maskz_mov_ps(there, exp2_of(scaled[1], fc_exp2_terms_bf16, 4));
+    *sum = _mm512_add_ps(*sum, _mm512_add_ps(e, f));
+    return (__m512i)_mm512_cvtne2ps_pbh(f, e);
+}
+
 static void attention_softmax_bf16_avx512bf16(float *x, int64_t stride, int64_t rows, int64_t n, float factor, float *inverse) {
     const __m512 gain = _mm512_set1_ps(factor);
+    const int64_t whole = n / (2 * LANES) * (2 * LANES), left = n - whole;
+    const __mmask16 here = first_lanes(left), there = first_lanes(left - LANES), pairs = first_lanes((left + 1) / 2);
     for (int64_t i = 0; i < rows; i += GROUP, x += GROUP * stride) {
         const int group = rows - i < GROUP ? (int)(rows - i) : GROUP;
         float tops[GROUP];
@@ -176,16 +187,16 @@ static void attention_softmax_bf16_avx512bf16(float *x, int64_t stride, int64_t 
         _mm512_storeu_ps(tops, row_maxima(x, stride, group, n));
         for (int r = 0; r < group; r++) {
             float *row = x + r * stride;
-            const __m512 down = _mm512_set1_ps(tops[r]);
+            const __m512 top = _mm512_set1_ps(tops[r]);
             __m512 sum = _mm512_setzero_ps();
-            for (int64_t j = 0; j < n; j += 2 * LANES) {
-                const __mmask16 here = first_lanes(n - j), there = first_lanes(n - j - LANES);
-                const __m512 low = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(here, row + j), down), gain);
-                const __m512 high = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(there, row + j + LANES), down), gain);
-                const __m512 e = _mm512_maskz_mov_ps(here, exp2_of(low, fc_exp2_terms_bf16, 4));
-                const __m512 f = _mm512_maskz_mov_ps(there, exp2_of(high, fc_exp2_terms_bf16, 4));
-                _mm512_mask_storeu_epi32(row + j / 2, first_lanes((n - j + 1) / 2), (__m512i)_mm512_cvtne2ps_pbh(f, e));
-                sum = _mm512_add_ps(sum, _mm512_add_ps(e, f));
+            for (int64_t j = 0; j < whole; j += 2 * LANES) {
+                const __m512 low = _mm512_loadu_ps(row + j), high = _mm512_loadu_ps(row + j + LANES);
+                _mm512_storeu_si512(row + j / 2, weigh_pairs(low, high, top, gain, 0xffff, 0xffff, &sum));
+            }
+            if (left > 0) {
+                const __m512 low = _mm512_maskz_loadu_ps(here, row + whole);
+                const __m512 high = left > LANES ? _mm512_maskz_loadu_ps(there, row + whole + LANES) : low;
+                _mm512_mask_storeu_epi32(row + whole / 2, pairs, weigh_pairs(low, high, top, gain, here, there, &sum));
             }
             sums[r] = sum;
         }
