@@ -18,7 +18,7 @@ import onnx
 from onnx import AttributeProto, TensorProto, helper
 
 import gristmill as gm
-from gristmill.errors import FormatError, GristmillError, MissingExtraError
+from gristmill.errors import BudgetError, FormatError, GristmillError, MissingExtraError
 from gristmill.formats.onnx import from_proto
 from gristmill.formats.onnx.reader import parse
 
@@ -233,6 +233,42 @@ def test_constants_that_double_at_every_node():
         with contextlib.suppress(GristmillError):
             from_proto(model(nodes, tensors=[tensor("v0", [1000], float_data=[1.0] * 1000)]))
         assert tracemalloc.get_traced_memory()[1] < 2 * BOUND
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs"),
+    [
+        ("Tile", {"x": [[1.0]], "n": [1 << 20, 1 << 20]}),
+        ("Expand", {"x": [[1.0]], "n": [1 << 20, 1 << 20]}),
+        ("ConstantOfShape", {"n": [1 << 20, 1 << 20]}),
+        ("Pad", {"x": [[1.0]], "n": [1 << 30] * 4}),
+        ("Resize", {"x": [[1.0]], "": None, "-": None, "n": [1 << 20, 1 << 20]}),
+        ("OneHot", {"places": [0, 1], "n": 1 << 40, "values": [0.0, 1.0]}),
+        ("Range", {"zero": 0, "n": 1 << 40, "step": 1}),
+    ],
+)
+@pytest.mark.parametrize("constant", [False, True], ids=["input", "constant"])
+def test_giant_results_are_refused_when_a_model_runs(op, inputs, constant):
+    arrays = {name: np.array(values) for name, values in inputs.items() if values is not None}
+    fed = {
+        name: array.astype(np.float32) if array.dtype.kind == "f" else array
+        for name, array in arrays.items()
+        if not (constant and name == "n")
+    }
+    kinds = [value(name, FLOAT if array.dtype == np.float32 else INT64, array.shape) for name, array in fed.items()]
+    tensors = [huge(arrays["n"].reshape(-1).tolist(), "n")] if constant else []
+    if constant and not arrays["n"].ndim:
+        tensors[0].ClearField("dims")
+    unused = [] if fed else [value("x")]
+    node = helper.make_node(op, [name.strip("-") for name in inputs], ["y"])
+    tracemalloc.start()
+    try:
+        loaded = from_proto(model([node], [*kinds, *unused], tensors=tensors))
+        with pytest.raises(BudgetError, match=r"'y' would make .*this machine has"):
+            loaded.run(**fed, **{"x": np.ones((1, 3), np.float32) for _ in unused})
+        assert tracemalloc.get_traced_memory()[1] < BOUND
     finally:
         tracemalloc.stop()
 

@@ -403,3 +403,19 @@ def test_steps_that_do_not_meet_share_a_group():
     wanted = gm.Session(model, threads=1, precision="int8").run(x=x)["z"]
     for _ in range(50):
         np.testing.assert_array_equal(session.run(x=x)["z"], wanted)
+
+
+def test_more_tokens_than_positions_are_refused_by_name():
+    model = gm.zoo.bert(layers=1, hidden=8, heads=2, vocabulary=9, positions=4)
+    ids = np.ones((1, 5), np.int64)
+    with pytest.raises(ModelError, match=r"^Positions '\S+': 'input_ids' has 5 tokens in a sequence, the model takes 4 at most"):
+        model.run(input_ids=ids, attention_mask=ids, token_type_ids=0 * ids)
+
+
+def test_a_value_that_no_memory_holds_is_refused_before_it_is_made():
+    kinds = {"a": TensorType(np.dtype(np.float32), ("n", 1)), "b": TensorType(np.dtype(np.float32), ("m",))}
+    model = gm.Model((Node("Add", ("a", "b"), ("y",)),), {}, kinds, ("y",))
+    a, b = np.zeros((1 << 22, 1), np.float32), np.zeros(1 << 22, np.float32)
+    with pytest.raises(BudgetError, match=r"Add 'y' would make float32\[4194304, 4194304\].*this machine has") as caught:
+        model.run(a=a, b=b)
+    assert caught.value.needed_bytes == 4 << 44

@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 from serving_clients import Echo, exchange, post, start, tensor
 
+import gristmill as gm
+from gristmill.errors import ServingError
+from gristmill.ops import Node, TensorType
+from gristmill.serving import serve
 from gristmill.serving.tensors import DTYPES
+from gristmill.tensor import Dense
 
 INFER = "/v2/models/digits/infer"
 
@@ -316,3 +321,22 @@ def test_errors_of_the_encoder_stay_inside(caplog):
         body = json.dumps({"inputs": [tensor(np.zeros((1, 2)), "fp32")]}).encode()
         status, _, text = exchange(running.http_port, post(body, path="/v2/models/wrong/infer"))
     assert (status, json.loads(text)) == (500, {"error": "internal error"})
+
+
+def test_shapes_that_the_model_does_not_take_are_the_clients_fault():
+    encoder = gm.zoo.bert(layers=1, hidden=8, heads=2, vocabulary=9, positions=4)
+    with serve({"encoder": encoder}, http_port=0, grpc_port=0, block=False) as running:
+        for length, status in ((4, 200), (5, 400)):
+            inputs = [tensor(np.ones((1, length)), name) | {"datatype": "INT64"} for name in encoder.inputs]
+            body = json.dumps({"inputs": [{**i, "data": [1] * length} for i in inputs]}).encode()
+            got, _, text = exchange(running.http_port, post(body, path="/v2/models/encoder/infer"))
+            assert got == status, text
+    assert "shapes (1, 5)" in json.loads(text)["error"]
+
+
+def test_a_model_that_cannot_be_planned_whole_is_refused_by_name():
+    kind = TensorType(np.dtype(np.int64), (2,))
+    nodes = (Node("Expand", ("one", "shape"), ("big",)), Node("ReduceSum", ("big",), ("y",), {"keepdims": 0}))
+    model = gm.Model(nodes, {"one": Dense(np.ones((), np.float32))}, {"shape": kind}, ("y",))
+    with pytest.raises(ServingError, match=r"model 'grown' cannot be served"):
+        serve({"grown": model}, http_port=0, grpc_port=0, block=False)

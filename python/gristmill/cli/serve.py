@@ -14,7 +14,8 @@ KEY_VARIABLE = "GRISTMILL_API_KEY"
 
 def serve(
     models: Annotated[
-        list[str], typer.Argument(metavar="NAME=PATH...", help="Model files or folders; without NAME= the name is that of the file.")
+        list[str],
+        typer.Argument(metavar="NAME=PATH...", help="Model files or folders; without NAME= the name is that of the file."),
     ],
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="For REST; 0 picks a free one.")] = 8080,

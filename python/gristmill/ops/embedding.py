@@ -16,18 +16,22 @@ class Positions(Op):
     """The place of each token of int64 ids [batch, length], counted from `start`.
 
     With `padding` (the id of the padding token, as RoBERTa counts) such tokens are left out of the count and have place
-    `start - 1`; without it the places follow from the shape alone and are known when a plan is made.
+    `start - 1`; without it the places follow from the shape alone and are known when a plan is made. More than `limit` tokens in a
+    sequence are refused.
     """
 
     name = "Positions"
     domain = OWN
     arity = (1, 1)
-    attributes = {"start": int, "padding": int}
+    attributes = {"start": int, "padding": int, "limit": int}
 
     def infer(self, node: Node, types: Sequence[TensorType | None], constants: Sequence[Tensor | None]) -> list[TensorType]:
         ids = types[0]
         assert ids is not None
         need(ids.dtype == INT64 and len(ids.shape) == 2, node, f"ids must be int64 [batch, length], got {ids}")
+        length, limit = ids.shape[1], node.attributes.get("limit")
+        fits = limit is None or isinstance(length, str) or length <= limit
+        need(fits, node, f"'{node.inputs[0]}' has {length} tokens in a sequence, the model takes {limit} at most")
         return [ids]
 
     def known(self, node: Node, types: Sequence[TensorType | None], values: Sequence[Array | None]) -> list[Array] | None:

@@ -193,8 +193,8 @@ def need(condition: bool, node: Node, message: str) -> None:
 
 
 def refusal(node: Node, error: Exception) -> ModelError:
-    """What to raise where NumPy or the border refuses what an operator hands it."""
-    return ModelError(f"{node.op} '{node.name}': {error}")
+    """What to raise where NumPy or the border refuses what an operator hands it, or where its own rule does."""
+    return ModelError(str(error) if isinstance(error, ModelError) else f"{node.op} '{node.name}': {error}")
 
 
 def fresh_dim(node: Node, axis: int) -> str:

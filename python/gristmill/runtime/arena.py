@@ -1,7 +1,9 @@
 """Memory: buffers with lifetimes, packed into one allocation."""
 
+import os
 import threading
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -113,6 +115,15 @@ class Memory:
         """Return a cache-line-aligned uint8 array; the caller releases its nbytes when done with it."""
         self.charge(nbytes)
         return allocate(nbytes)
+
+
+@cache
+def machine_memory() -> int:
+    """Return the bytes of memory that this machine has; a number beyond all use where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # no such call on this system
+        return FOREVER
 
 
 def allocate(nbytes: int) -> Array:

@@ -3,13 +3,15 @@
 Shape arithmetic (Shape, Gather, Concat ... Reshape) is evaluated here, when a run is planned, and costs nothing when it runs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
+from gristmill.errors import BudgetError
 from gristmill.model import Model
 from gristmill.ops import Node, TensorType, find, types_made
 from gristmill.ops.op import UNKNOWN, Undetermined, need, refusal
+from gristmill.runtime.arena import machine_memory
 from gristmill.tensor import Dense
 from gristmill.tensor.parts import Array
 
@@ -39,6 +41,7 @@ def determine(model: Model, given: Mapping[str, TensorType], trainable: Mapping[
             made = None
         else:
             made = _infer(node, model, kinds, shapes)
+            check_size(node, made or ())
             # Nothing is computed before its size is known. Where that depends on values (NonZero), small inputs bound it.
             if made is None or all(prod(kind.extents) <= FOLDED for kind in made):
                 made = _fold(node, model, kinds, shapes, trainable) or made
@@ -47,6 +50,20 @@ def determine(model: Model, given: Mapping[str, TensorType], trainable: Mapping[
             shapes.pending.append(node)
         types.update(zip(node.outputs, made, strict=True))
     return shapes
+
+
+def check_size(node: Node, made: Iterable[TensorType]) -> None:
+    """Refuse outputs that no memory of this machine can hold, before anything is allocated for them.
+
+    Raises:
+        BudgetError: they are larger; the message names the node and its outputs.
+    """
+    needed = sum(kind.nbytes for kind in made if all(isinstance(dim, int) for dim in kind.shape))
+    if needed > machine_memory():
+        kinds = ", ".join(map(str, made))
+        raise BudgetError(
+            f"{node.op} '{node.name}' would make {kinds}: {needed:,} bytes, this machine has {machine_memory():,}", needed
+        )
 
 
 def _fold(

@@ -5,13 +5,15 @@ its own, planned for the shapes that came out. Each stage keeps its plans, so th
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from gristmill.model import Model
-from gristmill.ops import Node, TensorType, find
-from gristmill.ops.op import need, refusal
-from gristmill.runtime.shapes import Shapes
+from gristmill.ops import Node, TensorType, find, types_made
+from gristmill.ops.op import Undetermined, need, refusal
+from gristmill.runtime.shapes import Shapes, check_size
+from gristmill.tensor import Dense
 from gristmill.tensor.parts import Array
 
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -55,12 +57,22 @@ class Stage:
             None if not name else self.model.tensors[name] if index in op.tensor_inputs else self._value(name, values)
             for index, name in enumerate(node.inputs)
         ]
+        check_size(node, self._foreseen(node, args))
         try:
             made = [np.asarray(value) for value in op.reference(node, *args)]
         except (TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise refusal(node, error) from error
         need(len(made) == len(node.outputs), node, f"makes {len(made)} outputs, {len(node.outputs)} are named")
         return made
+
+    def _foreseen(self, node: Node, args: list[Any]) -> list[TensorType]:
+        """Return the types of the outputs where they follow from values that are known now, or nothing."""
+        tensors = [Dense(arg) if isinstance(arg, np.ndarray) else arg for arg in args]
+        kinds = [None if tensor is None else TensorType(tensor.dtype, tensor.shape) for tensor in tensors]
+        try:
+            return types_made(node, kinds, tensors)
+        except Undetermined:
+            return []
 
     def _follow(self, values: Mapping[str, Array]) -> dict[str, Array]:
         read = {name for node in self._later for name in node.inputs if name and name not in self.model.tensors}

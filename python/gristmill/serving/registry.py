@@ -1,5 +1,6 @@
 """The models that a server hosts: their names, their metadata in the protocol's terms, and their sessions."""
 
+import logging
 import os
 import re
 from collections import OrderedDict
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gristmill.errors import ModelError, ServingError
+from gristmill.errors import BudgetError, ModelError, ServingError
 from gristmill.model import Model
 from gristmill.ops import TensorType
 from gristmill.runtime.session import Session
@@ -17,6 +18,7 @@ from gristmill.serving.limits import MAX_RANK, Limits
 from gristmill.serving.refusal import Reason, Refusal, need
 from gristmill.serving.tensors import DATATYPES, Array
 
+log = logging.getLogger("gristmill.serving")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 VERSION = "1"
 SHAPES = 256  # remembered per model as fitting the memory bound
@@ -77,8 +79,8 @@ class HostedModel:
         shapes = {name: [1 if isinstance(dim, str) else dim for dim in port.shape] for name, port in self.inputs.items()}
         try:
             self.run({name: np.zeros(shapes[name], port.dtype) for name, port in self.inputs.items()})
-        except Refusal as refusal:
-            raise ServingError(f"model {self.name!r}: {refusal.message}") from refusal
+        except (Refusal, ModelError) as error:
+            raise ServingError(f"model {self.name!r} cannot be served: {error}") from error
 
     def check(self, inputs: Mapping[str, Array]) -> None:
         """Raise a Refusal unless every input is there and dimensions of one name are equal."""
@@ -95,7 +97,7 @@ class HostedModel:
         """Compute all outputs. Called by at most `max_concurrent` threads at the same time.
 
         Raises:
-            Refusal: the run would need more memory than `max_working_bytes`.
+            Refusal: the shapes do not fit the model, or the run would need more memory than `max_working_bytes`.
         """
         session = self._sessions.pop()
         try:
@@ -110,7 +112,13 @@ class HostedModel:
         if key in self._fitting:
             return
         types = {name: TensorType(port.dtype, inputs[name].shape) for name, port in self.inputs.items()}
-        nbytes = session.layout(types).nbytes
+        try:
+            nbytes = session.layout(types).nbytes
+        except BudgetError as error:
+            raise Refusal(Reason.TOO_LARGE, f"a run of these shapes needs {error.needed_bytes} bytes, no machine's") from error
+        except ModelError as error:
+            log.warning("model %s refuses shapes %s: %s", self.name, key, error)
+            raise Refusal(Reason.INVALID, f"the model does not take inputs of shapes {', '.join(map(str, key))}") from error
         if nbytes > self.limits.max_working_bytes:
             message = f"a run of these shapes needs {nbytes} bytes, the server allows {self.limits.max_working_bytes}"
             raise Refusal(Reason.TOO_LARGE, message)

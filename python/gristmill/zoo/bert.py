@@ -220,7 +220,9 @@ class _Graph:
 
     def embed(self) -> str:
         words = self.node("Gather", ("embeddings.word_embeddings.weight", IDS), "embeddings.words")
-        counting = {} if self.shape.padding is None else {"start": self.shape.padding + 1, "padding": self.shape.padding}
+        counting = {"limit": self.shape.positions}
+        if self.shape.padding is not None:
+            counting = {"start": self.shape.padding + 1, "padding": self.shape.padding}
         places = self.node("Positions", (IDS,), "position_ids", OWN, **counting)
         at = self.node("Gather", ("embeddings.position_embeddings.weight", places), "embeddings.positions")
         total = self.node("Add", (words, at), "embeddings.placed")

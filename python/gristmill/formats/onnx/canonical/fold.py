@@ -13,9 +13,11 @@ from gristmill.formats.onnx.canonical.shapes import BINARY, permutation
 from gristmill.model import Model
 from gristmill.ops import Node, find
 from gristmill.tensor import Dense
+from gristmill.tensor.parts import Array
 
 SMALL = 64  # elements of a constant that is compared with others
 FOLDED = 1 << 16  # elements that a result may have beyond those of what it is computed from
+FREE_BYTES = 16 << 20  # that results may take together, besides twice what the model's tensors take
 KEPT = {"DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger"}  # what the pass `quantized` reads
 
 
@@ -25,9 +27,16 @@ NEUTRAL = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1, "And": True}
 def fold(model: Model) -> Model:
     """Compute what depends on constants alone, extents of dimensions among them; drop what does nothing."""
     graph = Graph(model)
+    left = FREE_BYTES + 2 * model.nbytes  # lest constants that double at every node fill the memory
     for node in graph.walk():
-        if not _known(graph, node) and not _computed(graph, node):
+        if _known(graph, node):
+            continue
+        made = _computed(graph, node) if left > 0 else None
+        if made is None:
             _dropped(graph, node)
+        else:
+            left -= made.nbytes
+            graph.alias(node.name, graph.tensor(made, f"{node.name}.value"))
     return graph.done()
 
 
@@ -47,24 +56,24 @@ def _known(graph: Graph, node: Node) -> bool:
     return True
 
 
-def _computed(graph: Graph, node: Node) -> bool:
+def _computed(graph: Graph, node: Node) -> Array | None:
+    """The output of a node whose inputs are constants, unless it is much larger than they are."""
     op = find(node)
     if node.op in KEPT or not op.pure or op.tensor_inputs or len(node.outputs) != 1 or not any(node.inputs):
-        return False
+        return None
     values = [graph.constant(name) if name else None for name in node.inputs]
     if any(value is None for name, value in zip(node.inputs, values, strict=True) if name):
-        return False
+        return None
     shape = graph.facts.shapes.get(node.name)
-    largest = FOLDED + sum(value.size for value in values if value is not None)
+    largest = FOLDED + sum(value.size for value in dict(zip(node.inputs, values, strict=True)).values() if value is not None)
     if shape is None or not all(dim.known for dim in shape) or np.prod([float(dim.number) for dim in shape]) > largest:
-        return False
+        return None
     try:
         with np.errstate(all="ignore"):
             made = op.reference(node, *values)
     except (TypeError, ValueError, IndexError, ArithmeticError, GristmillError):
-        return False  # it fails when it runs, if ever
-    graph.alias(node.name, graph.tensor(np.asarray(made[0]), f"{node.name}.value"))
-    return True
+        return None  # it fails when it runs, if ever
+    return np.asarray(made[0])
 
 
 def _dropped(graph: Graph, node: Node) -> None:
