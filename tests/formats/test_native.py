@@ -182,6 +182,7 @@ def test_a_pipe_is_refused_without_waiting(tmp_path):
 
 
 def test_what_cannot_be_stored_is_refused():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
     model = gm.zoo.mlp([4, 3])
     with pytest.raises(FormatError, match="not JSON"):
         native.to_bytes(model.replace(meta={"array": np.zeros(2)}))
@@ -191,6 +192,9 @@ def test_what_cannot_be_stored_is_refused():
         native.to_bytes(model.replace(meta={"list": list(range(600_000))}))
     with pytest.raises(FormatError, match="complex128, which cannot be stored"):
         native.to_bytes(model.replace(tensors={"c": Dense(np.zeros(2, complex))}))
+    half = TensorType(np.dtype(ml_dtypes.bfloat16), (2,))
+    with pytest.raises(FormatError, match="input 'half' has dtype bfloat16, which cannot be stored"):
+        native.to_bytes(model.replace(inputs={**model.inputs, "half": half}))
     with pytest.raises(FormatError, match="printable"):
         native.to_bytes(model.replace(inputs={**model.inputs, "a\nb": TensorType(np.dtype("float32"), ())}))
 

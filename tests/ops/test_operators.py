@@ -1,5 +1,9 @@
 """Operators one by one: symbolic shapes that stay, values that planning knows, views without copies, and what is refused."""
 
+import subprocess
+import sys
+from importlib import import_module
+
 import numpy as np
 import pytest
 
@@ -189,5 +193,22 @@ def test_lstm_state_carries_over_calls():
 def test_no_operator_is_defined_twice():
     from gristmill import ops
 
-    keys = [(op.domain, op.name) for module in ops._MODULES for op in module.OPERATORS]
+    modules = [*ops.CORE, *(import_module(f"gristmill.ops.{name}") for name in ops.WIDE)]
+    keys = [(op.domain, op.name) for module in modules for op in module.OPERATORS]
     assert len(keys) == len(set(keys)) == len(OPS), sorted({key for key in keys if keys.count(key) > 1})
+
+
+def test_an_encoder_imports_no_operator_that_it_lacks():
+    code = """
+import sys, numpy as np, gristmill as gm
+model = gm.zoo.bert(layers=1, hidden=8, heads=2, vocabulary=9, positions=4)
+ids = np.ones((1, 3), np.int64)
+gm.Session(model).run(input_ids=ids, attention_mask=ids, token_type_ids=0 * ids)
+gm.load
+from gristmill import ops
+early = {"gristmill.formats.onnx", *(f"gristmill.ops.{name}" for name in ops.WIDE)} & sys.modules.keys()
+assert not early, early
+ops.find(ops.Node("Conv", ("x", "w"), ("y",)))
+assert "gristmill.ops.convolution" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,17 +1,18 @@
 """Model files: what a path holds decides who reads and writes it."""
 
 import os
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from gristmill.errors import FormatError
-from gristmill.formats import hf, native, onnx
 from gristmill.formats.atomic import check_folder
 from gristmill.model import Model, check_model
 
 __all__ = ["check_target", "load", "save"]
 
-LOADERS = {".safetensors": native.load, ".onnx": onnx.load}
-SAVERS = {".safetensors": native.save, ".onnx": onnx.save}
+MODULES = {".safetensors": "native", ".onnx": "onnx"}  # by suffix; imported when a file of theirs is met
+FOLDERS = "hf"
 
 
 def load(path: str | os.PathLike[str]) -> Model:
@@ -35,11 +36,10 @@ def load(path: str | os.PathLike[str]) -> Model:
     found = Path(path)
     if not found.exists():
         raise FileNotFoundError(f"there is no model file {path}")
-    if found.is_dir():
-        return hf.load(found)
-    if found.suffix not in LOADERS:
-        raise FormatError(f"{path}: loading {found.suffix or 'such'} files is not yet supported; known: {', '.join(LOADERS)}")
-    return LOADERS[found.suffix](found)
+    if not found.is_dir() and found.suffix not in MODULES:
+        raise FormatError(f"{path}: loading {found.suffix or 'such'} files is not yet supported; known: {', '.join(MODULES)}")
+    model: Model = _module(FOLDERS if found.is_dir() else MODULES[found.suffix]).load(found)
+    return model
 
 
 def save(model: Model, path: str | os.PathLike[str]) -> None:
@@ -60,7 +60,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
     """
     check_model(model)
     wanted = check_target(path)
-    SAVERS[wanted.suffix](model, wanted)
+    _module(MODULES[wanted.suffix]).save(model, wanted)
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:
@@ -71,7 +71,11 @@ def check_target(path: str | os.PathLike[str]) -> Path:
         OSError: there is no folder to write in, it may not be written, or the path is a folder itself.
     """
     wanted = Path(path)
-    if wanted.suffix not in SAVERS:
-        raise FormatError(f"{path}: saving {wanted.suffix or 'such'} files is not yet supported; known: {', '.join(SAVERS)}")
+    if wanted.suffix not in MODULES:
+        raise FormatError(f"{path}: saving {wanted.suffix or 'such'} files is not yet supported; known: {', '.join(MODULES)}")
     check_folder(wanted)
     return wanted
+
+
+def _module(name: str) -> Any:
+    return import_module(f"gristmill.formats.{name}")

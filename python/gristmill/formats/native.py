@@ -96,6 +96,9 @@ def _encode(model: Model) -> tuple[dict[str, Array], dict[str, str]]:
                 raise FormatError(f"tensor '{name}': the name of its part '{name + suffix}' is taken; rename the tensor")
             arrays[name + suffix] = array
         tensors.append({"name": name, "parts": sorted(parts), "spec": tensor.spec()})
+    for name, kind in model.inputs.items():
+        if kind.dtype.name not in DTYPE_NAMES:
+            raise FormatError(f"input '{name}' has dtype {kind.dtype}, which cannot be stored")
     description = {
         "version": VERSION,
         "nodes": [_encode_node(node) for node in model.nodes],

@@ -16,8 +16,8 @@ class Positions(Op):
     """The place of each token of int64 ids [batch, length], counted from `start`.
 
     With `padding` (the id of the padding token, as RoBERTa counts) such tokens are left out of the count and have place
-    `start - 1`; without it the places follow from the shape alone and are known when a plan is made. More than `limit` tokens in a
-    sequence are refused.
+    `start - 1`; without it the places follow from the shape alone and are known when a plan is made. Sequences of more than
+    `limit` tokens are refused.
     """
 
     name = "Positions"

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from gristmill.model import Model
-from gristmill.ops import OPS, OWN, Node
+from gristmill.ops import OWN, Node, find
 from gristmill.ops.activation import Activation
+from gristmill.ops.gather import Lookups
 from gristmill.tensor import Dense
 from gristmill.tensor.parts import Array
 
@@ -23,7 +24,7 @@ def fuse(model: Model) -> Model:
     """
     graph = _Graph(model)
     for node in model.nodes:
-        if isinstance(OPS[node.domain, node.op], Activation):
+        if isinstance(find(node), Activation):
             graph.fold(node, _with_activation(graph, node))
         elif node.op == "Clip" and not node.domain:
             graph.fold(node, _with_bounds(graph, node))
@@ -61,7 +62,7 @@ class _Graph:
 
 
 def _with_activation(graph: _Graph, node: Node) -> tuple[str, Node] | None:
-    op = OPS[node.domain, node.op]
+    op = find(node)
     assert isinstance(op, Activation)
     before = graph.maker(node.inputs[0], "Linear", "Conv", "Convolution")
     if before is None or "activation" in before.attributes or not op.kind(node):
@@ -93,9 +94,7 @@ def _bounded(before: Node, node: Node, low: float, high: float) -> tuple[str, No
     return _convolution(before, node, before.inputs, **bounds)
 
 
-def _convolution(before: Node, node: Node, inputs: tuple[str, ...], **attributes: Any) -> tuple[str, Node] | None:
-    if (OWN, "Convolution") not in OPS:
-        return None
+def _convolution(before: Node, node: Node, inputs: tuple[str, ...], **attributes: Any) -> tuple[str, Node]:
     merged = {**before.attributes, **attributes}
     return before.name, Node("Convolution", inputs, node.outputs, merged, OWN)
 
@@ -133,7 +132,7 @@ def _with_lookups(graph: _Graph, add: Node) -> None:
     if any(part is None or graph.uses[part.name] != 1 or not _looks_up(graph, part) for part in parts):
         return
     pairs = tuple(name for part in parts if part is not None for name in part.inputs)
-    if len(pairs) <= OPS[OWN, "Lookups"].arity[1] and _same(graph, *add.inputs):
+    if len(pairs) <= Lookups.arity[1] and _same(graph, *add.inputs):
         for part in parts:
             assert part is not None
             del graph.nodes[part.name]

@@ -10,7 +10,7 @@ import numpy as np
 
 from gristmill.errors import ModelError
 from gristmill.model import Model
-from gristmill.ops import OPS, OWN, Node, TensorType
+from gristmill.ops import OWN, Node, TensorType, find
 from gristmill.ops.activation import Activation
 from gristmill.zoo.bert import IDS, MASK, TYPES
 
@@ -135,7 +135,7 @@ class _Packer:
         if node.op in ("Add", "Sub", "Mul", "Div"):
             ranks = {len(kind.shape) for kind, token in zip(kinds, flags, strict=True) if token}
             return len(ranks) == 1 and all(token or len(kind.shape) <= 1 for kind, token in zip(kinds, flags, strict=True))
-        return node.op == "Identity" or isinstance(OPS[node.domain, node.op], Activation)
+        return node.op == "Identity" or isinstance(find(node), Activation)
 
     def _attention(self, node: Node) -> Node:
         mask = node.input(3)
