@@ -22,6 +22,7 @@ from gristmill.ops import OWN, Node
 
 MASKED = -1000.0  # what an additive mask must reach: exp of it and any score is 0
 STEPS = 12  # nodes between the products
+PLAIN = {"q_num_heads", "kv_num_heads", "scale", "softmax_precision"}  # of Attention: all else must be off
 
 
 @dataclass
@@ -157,7 +158,7 @@ def _from_operator(graph: Graph, masks: Masks, node: Node) -> None:
     """ONNX Attention (opset 23) without a cache, a causal mask or shared heads."""
     q, k, v = (graph.shape(name) for name in node.inputs[:3])
     plain = not any(node.inputs[4:]) and len(node.outputs) == 1
-    plain = plain and not node.attributes.get("is_causal", 0) and not node.attributes.get("softcap", 0.0)
+    plain = plain and all(key in PLAIN or not value for key, value in node.attributes.items())
     if q is None or k is None or v is None or not plain:
         return
     scores = Scores(masks)
@@ -177,6 +178,8 @@ def _from_operator(graph: Graph, masks: Masks, node: Node) -> None:
     scores.scale = float(node.attributes.get("scale", 1.0 / sqrt(width.number)))
     if len(q) == 4:
         _emit(graph, node, node.inputs[:3], scores, False)
+    elif k != v or q[2] != k[2] or q[0] != k[0] or not _float32(graph, node.inputs[:3]):
+        return
     elif (mask := _mask(graph, scores.mask, q[0], k[1])) is not None:
         attributes = {"heads": heads, "scale": scores.scale}
         graph.put(Node("MaskedAttention", (*node.inputs[:3], *mask), node.outputs, attributes, OWN))
@@ -189,7 +192,7 @@ def _emit(graph: Graph, node: Node, operands: tuple[str, ...], scores: Scores, t
         operands: q and v [batch, heads, length, width], and k the same, or with the last two axes exchanged if `turned`.
     """
     shapes = [graph.shape(name) for name in operands]
-    if any(shape is None or len(shape) != 4 for shape in shapes):
+    if any(shape is None or len(shape) != 4 for shape in shapes) or not _float32(graph, operands):
         return
     (batch, heads, _, width), keys, v = shapes  # type: ignore[misc]
     if turned:
@@ -209,6 +212,11 @@ def _emit(graph: Graph, node: Node, operands: tuple[str, ...], scores: Scores, t
     graph.put(Node("MaskedAttention", (*sources, *mask), (made,), attributes, OWN))
     graph.put(reshape(graph, made, (0, 0, heads.number, width.number), cut))
     graph.put(Node("Transpose", (cut,), node.outputs, {"perm": (0, 2, 1, 3)}))
+
+
+def _float32(graph: Graph, names: tuple[str, ...]) -> bool:
+    """Whether values have the dtype of the kernels."""
+    return all(graph.dtype(name) == np.float32 for name in names)
 
 
 def _joined(graph: Graph, name: str, turned: bool, heads: int, scaled: bool) -> tuple[str, float]:

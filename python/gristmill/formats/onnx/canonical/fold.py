@@ -156,10 +156,10 @@ def _fix_dtype(graph: Graph, node: Node) -> None:
     dtype, value = graph.dtype(node.inputs[1]), graph.constant(node.inputs[0])
     if dtype is None or dtype.kind not in "fiub":
         return
-    if value is not None and value.size == 1:
+    if value is not None and value.size == 1 and not node.attributes:
         graph.alias(node.name, graph.tensor(value.astype(dtype), f"{node.name}.value"))
     else:
-        graph.put(Node("Cast", node.inputs[:1], node.outputs, {"to": dtype.name}))
+        graph.put(Node("Cast", node.inputs[:1], node.outputs, {**node.attributes, "to": dtype.name}))
 
 
 def _fix_target(graph: Graph, node: Node) -> None:
