@@ -41,7 +41,7 @@ MISTAKES = {
     "model seed": (lambda: gm.zoo.mlp([4, 3], seed=-1), "seed"),
     "shape": (lambda: gm.Session(MODEL).explain(x=3), "give a tuple"),
     "unknown shape": (lambda: gm.Session(MODEL).explain(z=(1, 4)), "give a tuple"),
-    "precision": (lambda: gm.Session(MODEL, precision="int4"), "choose float32 or int8"),
+    "precision": (lambda: gm.Session(MODEL, precision="int4"), "choose float32, bf16 or int8"),
     "ragged": (lambda: gm.fit(MODEL, ([[1, 2], [3]], [0, 1]), **ONE), "'x' is no array"),
     "overflow": (lambda: gm.fit(MODEL, (X.astype("f8") * 1e300, Y), **ONE), "not finite"),
     "epochs text": (lambda: gm.fit(MODEL, (X, Y), epochs="3"), "epochs must be at least 1 and whole"),

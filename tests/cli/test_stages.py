@@ -137,7 +137,7 @@ def test_train_refuses_bad_options(recorded, data, tmp_path, arguments, message)
 def test_a_place_that_cannot_be_written_is_found_before_the_work(recorded, data, model, tmp_path):
     for command in (["train", "--layers", "8"], ["compress", "--model", model, "--prune", "0.5"], ["adapt", "--model", model]):
         fails(call(*command, "--data", data, "--out", tmp_path / "absent" / "o.safetensors"), 1, "there is no folder")
-        fails(call(*command, "--data", data, "--out", tmp_path / "o.onnx"), 1, "not yet supported")
+        fails(call(*command, "--data", data, "--out", tmp_path / "o.gguf"), 1, "not yet supported")
     assert not recorded
 
 

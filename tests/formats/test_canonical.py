@@ -409,3 +409,41 @@ def test_kernels_run_what_comes_out():
             got, wanted = Session(canonical(model)).run(**given), run(model, given)
             for name, value in wanted.items():
                 np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=2e-5, err_msg=path.stem)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "dtype", "width"),
+    [
+        ({"left_window_size": 0, "right_window_size": 0}, F, 6),
+        ({"left_window_size": 1}, F, 6),
+        ({"softcap": 2.0}, F, 6),
+        ({"is_causal": 1}, F, 6),
+        ({"scale": 0.0}, F, 6),
+        ({}, np.float16, 6),
+        ({}, np.float64, 6),
+        ({}, F, 4),
+    ],
+)
+@pytest.mark.parametrize("rank", [3, 4])
+def test_attention_that_kernels_do_not_serve_stays(attributes, dtype, width, rank):
+    shapes = [(2, 5, 6), (2, 5, 6), (2, 5, width)]
+    heads = {"q_num_heads": 2, "kv_num_heads": 2} if rank == 3 else {}
+    if rank == 4:
+        shapes = [(2, 2, 5, size // 2) for _, _, size in shapes]
+    inputs = {name: TensorType(np.dtype(dtype), shape) for name, shape in zip("qkv", shapes, strict=True)}
+    model = Model((Node("Attention", ("q", "k", "v"), ("y",), {**attributes, **heads}),), {}, inputs, ("y",))
+    after = canonical(model)
+    assert count(after) == {"Attention": 1}
+    rng = np.random.default_rng(0)
+    compare(model, after, {name: rng.standard_normal(kind.shape).astype(dtype) for name, kind in inputs.items()})
+
+
+def test_constants_that_grow_are_left_to_the_run():
+    nodes = [Node("Concat", (f"v{i}", f"v{i}"), (f"v{i + 1}",), {"axis": 0}) for i in range(24)]
+    model = Model(
+        (*nodes, Node("Add", ("v24", "x"), ("y",))),
+        {"v0": Dense(np.ones(1 << 10, F))},
+        {"x": TensorType(np.dtype(F), (1,))},
+        ("y",),
+    )
+    assert canonical(model).nbytes < 64 << 20

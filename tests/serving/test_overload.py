@@ -279,7 +279,7 @@ def test_a_small_request_may_not_need_much_memory():
         with Rpc(server.grpc_port) as client:
             request = raw_infer(np.zeros((50_000, 1), np.float32), "model")
             assert client.refused("ModelInfer", **request)[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
-    with pytest.raises(ServingError, match="model 'model': a run of these shapes needs"):
+    with pytest.raises(ServingError, match="model 'model' cannot be served: a run of these shapes needs"):
         serve(wide, 0, 0, max_working_bytes=1000, block=False)
 
 

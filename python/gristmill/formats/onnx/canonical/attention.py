@@ -22,7 +22,8 @@ from gristmill.ops import OWN, Node
 
 MASKED = -1000.0  # what an additive mask must reach: exp of it and any score is 0
 STEPS = 12  # nodes between the products
-PLAIN = {"q_num_heads", "kv_num_heads", "scale", "softmax_precision"}  # of Attention: all else must be off
+PLAIN = {"q_num_heads", "kv_num_heads", "scale", "softmax_precision"}  # attributes of Attention: all others must be off
+OFF = {"is_causal": 0, "left_window_size": -1, "qk_matmul_output_mode": 0, "right_window_size": -1, "softcap": 0.0}
 
 
 @dataclass
@@ -158,7 +159,7 @@ def _from_operator(graph: Graph, masks: Masks, node: Node) -> None:
     """ONNX Attention (opset 23) without a cache, a causal mask or shared heads."""
     q, k, v = (graph.shape(name) for name in node.inputs[:3])
     plain = not any(node.inputs[4:]) and len(node.outputs) == 1
-    plain = plain and all(key in PLAIN or not value for key, value in node.attributes.items())
+    plain = plain and all(key in PLAIN or value == OFF.get(key) for key, value in node.attributes.items())
     if q is None or k is None or v is None or not plain:
         return
     scores = Scores(masks)
@@ -175,7 +176,9 @@ def _from_operator(graph: Graph, masks: Masks, node: Node) -> None:
         return
     if not width.known:
         return
-    scores.scale = float(node.attributes.get("scale", 1.0 / sqrt(width.number)))
+    scores.scale = float(node.attributes.get("scale", 1.0 / sqrt(width.number))) if width.number else 1.0
+    if not 0 < scores.scale < inf:
+        return
     if len(q) == 4:
         _emit(graph, node, node.inputs[:3], scores, False)
     elif k != v or q[2] != k[2] or q[0] != k[0] or not _float32(graph, node.inputs[:3]):
@@ -207,6 +210,8 @@ def _emit(graph: Graph, node: Node, operands: tuple[str, ...], scores: Scores, t
         source, factor = _joined(graph, name, turned and at == 1, heads.number, at < 2)
         sources.append(source)
         scale *= factor
+    if not 0 < scale < inf:
+        return
     attributes = {"heads": heads.number, "scale": float(scale)}
     made, cut = graph.fresh(f"{node.name}.attention"), graph.fresh(f"{node.name}.heads")
     graph.put(Node("MaskedAttention", (*sources, *mask), (made,), attributes, OWN))
