@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from gristmill.errors import ModelError
 from gristmill.model import Model
 from gristmill.ops import OPS, OWN, Node, TensorType
-from gristmill.ops.convolution import absorb
 from gristmill.ops.op import Undetermined
 from gristmill.runtime.session import Session
 from gristmill.tensor import Dense
@@ -270,33 +269,3 @@ def test_symbolic_images_give_symbols():
     x, w = TensorType(F32, ("n", 3, "h", "w")), TensorType(F32, (8, 3, 3, 3))
     out = OPS["", "Conv"].infer(Node("Conv", ("x", "w"), ("y",)), [x, w], [None, None])[0]
     assert out.shape == ("n", 8, "y.2", "y.3")
-
-
-@pytest.mark.parametrize(
-    ("followers", "expected"),
-    [
-        ([("Relu", ("a",))], {"low": 0.0}),
-        ([("Clip", ("a", "zero", "six"))], {"low": 0.0, "high": 6.0}),
-        ([("Clip", ("a", "", "six"))], {"high": 6.0}),
-        ([("Swish", ("a",))], {"activation": "silu"}),
-        ([("Add", ("r", "a")), ("Relu", ("b",))], {"low": 0.0}),
-        ([("Relu", ("a",)), ("Add", ("b", "r"))], None),
-        ([("Clip", ("a", "x"))], None),
-        ([("Swish", ("a",)), ("Relu", ("b",))], None),
-        ([("Add", ("a", "a"))], None),
-        ([("Softmax", ("a",))], None),
-    ],
-)
-def test_a_convolution_absorbs_what_follows(followers, expected):
-    constants = {"zero": np.float32(0), "six": np.array([6], np.float32)}
-    node = Node("Conv", ("x", "w"), ("a",), {"group": 1})
-    for (op, inputs), output in zip(followers, ("b", "c"), strict=False):
-        made = absorb(node, Node(op, inputs, (output,)), constants.get)
-        if made is None:
-            break
-        node = made
-    assert (made is None) == (expected is None)
-    if expected is not None:
-        assert node.attributes == {"group": 1, **expected}
-        assert node.inputs == (("x", "w", "", "r") if followers[0][0] == "Add" else ("x", "w"))
-        assert (node.op, node.domain, node.outputs) == ("Convolution", OWN, ("b" if len(followers) == 1 else "c",))

@@ -1,13 +1,13 @@
 """Conv, ConvTranspose, DeformConv and the integer convolutions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from gristmill import _core
-from gristmill.ops.activation import FUNCTIONS, Activation, Gelu, Relu, Sigmoid, Swish, Tanh, evaluate
+from gristmill.ops.activation import FUNCTIONS, evaluate
 from gristmill.ops.op import OWN, Binder, Dim, Node, Op, TensorType, fresh_dim, need, same_dim, same_type
 from gristmill.ops.quantization import INTEGERS, exact_float, requantize, zero_pointed
 from gristmill.ops.window import (
@@ -175,44 +175,6 @@ class Convolution(Conv):
         self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
     ) -> bool:
         return only_first(split[:3]) and (not node.input(3) or split[3])
-
-
-def absorb(node: Node, follower: Node, value: Callable[[str], Array | None]) -> Node | None:
-    """Return one Convolution that does what a Conv or Convolution and its only reader do, or None if it cannot.
-
-    Args:
-        node: the convolution.
-        follower: Relu, Clip, another activation, or an Add of a value of the same type.
-        value: gives the value of a constant, None for anything else.
-    """
-    (made,), given = node.outputs, dict(node.attributes)
-    clipped, done = "low" in given or "high" in given, "activation" in given
-    inputs = (*node.inputs, "", "")[:4]
-    op = FOLLOWERS.get(follower.op)
-    if done or follower.domain:
-        return None
-    if follower.op == "Add":
-        others = [name for name in follower.inputs if name != made]
-        if clipped or inputs[3] or len(others) != 1:
-            return None
-        inputs = (*inputs[:3], others[0])
-    elif follower.op in ("Relu", "Clip") and not clipped:
-        ends = [value(name) if name else None for name in (*follower.inputs[1:], "", "")[:2]]
-        if any(name and end is None for name, end in zip(follower.inputs[1:], ends, strict=False)):
-            return None
-        if follower.op == "Relu":
-            given["low"] = 0.0
-        given |= {key: float(end.reshape(())) for key, end in zip(("low", "high"), ends, strict=True) if end is not None}
-    elif op is not None:
-        given["activation"] = op.kind(follower)
-    else:
-        return None
-    while inputs[-1] == "":
-        inputs = inputs[:-1]
-    return Node("Convolution", inputs, follower.outputs, given, OWN)
-
-
-FOLLOWERS: dict[str, Activation] = {op.name: op() for op in (Gelu, Relu, Sigmoid, Swish, Tanh)}
 
 
 class ConvInteger(Separable):

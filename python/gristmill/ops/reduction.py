@@ -20,9 +20,10 @@ def total(x: Array, axes: Axes) -> Array:
 
 
 def _mean(x: Array, axes: Axes) -> Array:
-    if is_float(x.dtype):
-        return x.mean(axis=axes, keepdims=True, dtype=np.float64)
     count = int(np.prod([x.shape[axis] for axis in axes], dtype=np.int64))
+    if is_float(x.dtype):
+        with np.errstate(invalid="ignore"):
+            return np.asarray(total(x, axes) / np.float64(count))
     return np.trunc(total(x, axes) / max(count, 1))
 
 

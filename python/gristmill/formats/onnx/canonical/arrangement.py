@@ -138,11 +138,5 @@ def transposed(axes: tuple[Axis, ...], shape: Shape) -> tuple[int, ...] | None:
     return tuple(order) if sorted(order) == list(range(len(own))) else None
 
 
-def is_reshape(axes: tuple[Axis, ...], shape: Shape) -> bool:
-    """Whether the elements of an arrangement are in the order of the root."""
-    flat = merged([atom for axis in axes for atom in axis])
-    return flat == tuple(atom for axis in whole(shape) for atom in axis)
-
-
 def extents(axes: tuple[Axis, ...]) -> Shape:
     return tuple(product([atom.size for atom in axis]) for axis in axes)
