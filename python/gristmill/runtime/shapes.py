@@ -53,13 +53,13 @@ def determine(model: Model, given: Mapping[str, TensorType], trainable: Mapping[
 
 
 def check_size(node: Node, made: Iterable[TensorType]) -> None:
-    """Refuse outputs that no memory of this machine can hold, before anything is allocated for them.
+    """Refuse outputs of more than half of the machine's memory before anything is allocated for them: their operator needs room.
 
     Raises:
         BudgetError: they are larger; the message names the node and its outputs.
     """
     needed = sum(kind.nbytes for kind in made if all(isinstance(dim, int) for dim in kind.shape))
-    if needed > machine_memory():
+    if needed > machine_memory() // 2:
         kinds = ", ".join(map(str, made))
         raise BudgetError(
             f"{node.op} '{node.name}' would make {kinds}: {needed:,} bytes, this machine has {machine_memory():,}", needed
