@@ -35,7 +35,11 @@ static void range_f32_avx512vnni(const float *x, int64_t n, float *low, float *h
     range r[4] = {no_range(), no_range(), no_range(), no_range()};
     int64_t i = 0;
     for (; i + 4 * LANES <= n; i += 4 * LANES)
-        for (int j = 0; j < 4; j++) r[j] = widen(r[j], _mm512_loadu_ps(x + i + j * LANES));
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            r[j] = widen(r[j], _mm512_loadu_ps(x + i + j * LANES));
+            __asm__("" : "+v"(r[j].low), "+v"(r[j].high)); /* stays in its register: GCC 12 moves all eight around */
+        }
     for (; i < n; i += LANES) r[0] = widen(r[0], _mm512_maskz_loadu_ps(first_lanes(n - i), x + i));
     const range all = join(join(r[0], r[1]), join(r[2], r[3]));
     const uint32_t least = _mm512_reduce_max_epu32(all.low);
@@ -261,9 +265,16 @@ FC_INLINE void store_half(const fc_int8_tile *t, __m512 v, int row, int half) {
 }
 
 static __attribute__((noinline)) void activate_and_store(const fc_int8_tile *t, float v[][FC_INT8_COLUMNS]) {
+    const fc_int8_tile here = *t; /* which no store through `out` can change */
+    const __mmask16 live[2] = {first_lanes(t->columns), first_lanes(t->columns - LANES)};
     activate_tile(t, v);
-    for (int r = 0; r < t->rows; r++)
-        for (int half = 0; half < 2; half++) store_half(t, _mm512_loadu_ps(v[r] + half * LANES), r, half);
+    for (int r = 0; r < here.rows; r++)
+        for (int half = 0; half < 2; half++) {
+            const int64_t at = r * here.stride + half * LANES;
+            __m512 value = _mm512_loadu_ps(v[r] + half * LANES);
+            if (here.residual) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(live[half], here.residual + at));
+            _mm512_mask_storeu_ps(here.out + at, live[half], value);
+        }
 }
 
 /* Identity and ReLU stay in registers. max(0, v) gives v when v is NaN. */
