@@ -163,8 +163,8 @@ class Layout:
         return (self.lanes(name) if layout == "lanes" else self.rows(name)), layout
 
     def codes(self, name: str, layout: str, static: tuple[float, int] | None = None) -> tuple[Buffer, Buffer, Buffer | None, int]:
-        """A value quantised into a panel, per row or with a static scale and zero point: codes, scales, zero points (none in layout
-        "lanes", which is symmetric) and the number of rows.
+        """A value quantised into a panel, per row or with a static scale and zero point: codes, scales, zero points (none in
+        layout "lanes", which is symmetric) and the number of rows.
 
         Made once and shared.
         """

@@ -68,9 +68,12 @@ FC_INLINE __m256i pack_signed(__m256i a, __m256i b, __m256i c, __m256i d) {
     return _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
 }
 
-/* The same from 0 to 255: what does not fit is clipped, so that NaN, which became -2^31, is 0. */
-FC_INLINE __m256i pack_bytes(__m256i a, __m256i b, __m256i c, __m256i d) {
-    return _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+/* The same from 0 to 255 with the zero point (16 bits) added. What does not fit is clipped, so that NaN, which became -2^31, is
+ * 0.
+ */
+FC_INLINE __m256i pack_bytes(__m256i a, __m256i b, __m256i c, __m256i d, __m256i zero) {
+    const __m256i ab = _mm256_adds_epi16(_mm256_packs_epi32(a, b), zero);
+    return _mm256_packus_epi16(ab, _mm256_adds_epi16(_mm256_packs_epi32(c, d), zero));
 }
 
 FC_INLINE void quantize_32(const float *x, __m256 scale, int8_t *codes) {
@@ -92,16 +95,13 @@ static void quantize_f32_s8_avx2(const float *x, int64_t n, float scale, int8_t 
     memcpy(codes + i, rest_codes, (size_t)(n - i));
 }
 
-FC_INLINE __m256i quantize(__m256 x, __m256 inverse, __m256i zero) {
-    return _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(x, inverse)), zero);
-}
+FC_INLINE __m256i quantize(__m256 x, __m256 inverse) { return _mm256_cvtps_epi32(_mm256_mul_ps(x, inverse)); }
 
 /* 32 columns of a row; dword j of lane l holds columns 8 j + 4 l. */
 FC_INLINE __m256i quantize_columns(const float *x, int64_t columns, __m256 inverse, __m256i zero) {
     __m256i q[4];
-    for (int j = 0; j < 4; j++)
-        q[j] = quantize(_mm256_maskload_ps(x + j * LANES, first_lanes(columns - j * LANES)), inverse, zero);
-    return pack_bytes(q[0], q[1], q[2], q[3]);
+    for (int j = 0; j < 4; j++) q[j] = quantize(_mm256_maskload_ps(x + j * LANES, first_lanes(columns - j * LANES)), inverse);
+    return pack_bytes(q[0], q[1], q[2], q[3], zero);
 }
 
 FC_INLINE void store_dwords(__m256i lanes, uint8_t *out, int64_t out_stride, int64_t first, int64_t k4, __m128i rows) {
@@ -123,7 +123,7 @@ static void quantize_rows_f32_u8_avx2(const float *x, int64_t stride, int64_t ro
             const int64_t at = r + (i < count ? i : 0); /* a missing row repeats the first, and is not stored */
             row[i] = x + at * stride;
             factor[i] = _mm256_set1_ps(inverse[at]);
-            zero[i] = _mm256_set1_epi32(zeros[at]);
+            zero[i] = _mm256_set1_epi16((int16_t)zeros[at]);
         }
         for (int64_t i = 0; i < k; i += 4 * LANES) {
             __m256i q[4];
@@ -139,12 +139,13 @@ static void quantize_rows_f32_u8_avx2(const float *x, int64_t stride, int64_t ro
     }
 }
 
-/* Eight lanes at four depths; depths from `depth` on are `zero`. */
+/* Eight lanes at four depths; depths from `depth` on are the zero point. */
 FC_INLINE __m256i quantize_depths(const float *x, int64_t stride, int64_t depth, __m256i live, __m256 inverse, __m256i zero) {
     const __m256i by_lane = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     __m256i q[4];
-    for (int j = 0; j < 4; j++) q[j] = j < depth ? quantize(_mm256_maskload_ps(x + j * stride, live), inverse, zero) : zero;
-    return _mm256_shuffle_epi8(pack_bytes(q[0], q[1], q[2], q[3]), by_lane);
+    for (int j = 0; j < 4; j++)
+        q[j] = j < depth ? quantize(_mm256_maskload_ps(x + j * stride, live), inverse) : _mm256_setzero_si256();
+    return _mm256_shuffle_epi8(pack_bytes(q[0], q[1], q[2], q[3], _mm256_packs_epi32(zero, zero)), by_lane);
 }
 
 static void quantize_lanes_f32_u8_avx2(const float *x, int64_t stride, int64_t rows, int64_t k, const float *inverse,

@@ -35,11 +35,7 @@ static void range_f32_avx512vnni(const float *x, int64_t n, float *low, float *h
     range r[4] = {no_range(), no_range(), no_range(), no_range()};
     int64_t i = 0;
     for (; i + 4 * LANES <= n; i += 4 * LANES)
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            r[j] = widen(r[j], _mm512_loadu_ps(x + i + j * LANES));
-            __asm__("" : "+v"(r[j].low), "+v"(r[j].high)); /* stays in its register: GCC 12 moves all eight around */
-        }
+        for (int j = 0; j < 4; j++) r[j] = widen(r[j], _mm512_loadu_ps(x + i + j * LANES));
     for (; i < n; i += LANES) r[0] = widen(r[0], _mm512_maskz_loadu_ps(first_lanes(n - i), x + i));
     const range all = join(join(r[0], r[1]), join(r[2], r[3]));
     const uint32_t least = _mm512_reduce_max_epu32(all.low);
@@ -74,14 +70,13 @@ static void quantize_f32_s8_avx512vnni(const float *x, int64_t n, float scale, i
     }
 }
 
-FC_INLINE __m512i quantize(__m512 x, __m512 inverse, __m512i zero) {
-    return _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)), zero);
-}
+FC_INLINE __m512i quantize(__m512 x, __m512 inverse) { return _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)); }
 
-/* Lane l of the result: four bytes of a, of b, of c, of d; what does not fit is clipped, so that NaN, which became -2^31, is 0.
- */
-FC_INLINE __m512i pack_bytes(__m512i a, __m512i b, __m512i c, __m512i d) {
-    return _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+/* Lane l of the result: four bytes of a, of b, of c, of d, the zero point (16 bits) added. What does not fit is clipped, so that
+ * NaN, which became -2^31, is 0. */
+FC_INLINE __m512i pack_bytes(__m512i a, __m512i b, __m512i c, __m512i d, __m512i zero) {
+    const __m512i ab = _mm512_adds_epi16(_mm512_packs_epi32(a, b), zero);
+    return _mm512_packus_epi16(ab, _mm512_adds_epi16(_mm512_packs_epi32(c, d), zero));
 }
 
 /* A scale chosen beforehand. */
@@ -89,13 +84,12 @@ typedef struct static_scale {
     __m512 scale, inverse, most;
 } static_scale;
 
-/* static_code of body.h, before its last clipping, which the packs do. */
-FC_INLINE __m512i quantize_static(__m512 x, const static_scale *s, __m512i zero) {
+/* static_code of body.h, before the zero point and the clipping, which pack_bytes does. */
+FC_INLINE __m512i quantize_static(__m512 x, const static_scale *s) {
     x = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), x);
     x = _mm512_max_ps(_mm512_min_ps(x, s->most), _mm512_sub_ps(_mm512_setzero_ps(), s->most));
     const __m512 q = _mm512_mul_ps(x, s->inverse);
-    const __m512 quotient = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, s->scale, x), s->inverse, q);
-    return _mm512_add_epi32(_mm512_cvtps_epi32(quotient), zero);
+    return _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_fnmadd_ps(q, s->scale, x), s->inverse, q));
 }
 
 /* Where four rows of a panel go, and how much of them there is. */
@@ -112,9 +106,9 @@ FC_INLINE __m512i quantize_columns(const float *x, int64_t columns, __m512 inver
     for (int j = 0; j < 4; j++) {
         const float *at = x + j * LANES;
         const __m512 v = whole ? _mm512_loadu_ps(at) : _mm512_maskz_loadu_ps(first_lanes(columns - j * LANES), at);
-        q[j] = fixed ? quantize_static(v, fixed, zero) : quantize(v, inverse, zero);
+        q[j] = fixed ? quantize_static(v, fixed) : quantize(v, inverse);
     }
-    return pack_bytes(q[0], q[1], q[2], q[3]);
+    return pack_bytes(q[0], q[1], q[2], q[3], zero);
 }
 
 /* Four lanes of four rows each, for the dwords first, first + 1, ... of a panel. */
@@ -136,7 +130,7 @@ FC_INLINE void quantize_square(const float *const *row, const float *inverse, co
     __m512i q[4];
     for (int j = 0; j < 4; j++) {
         const __m512 factor = _mm512_set1_ps(inverse[j]);
-        q[j] = quantize_columns(row[j] + i, k - i, factor, _mm512_set1_epi32(zero[j]), fixed, whole);
+        q[j] = quantize_columns(row[j] + i, k - i, factor, _mm512_set1_epi16((int16_t)zero[j]), fixed, whole);
     }
     const __m512i low01 = _mm512_unpacklo_epi32(q[0], q[1]), high01 = _mm512_unpackhi_epi32(q[0], q[1]);
     const __m512i low23 = _mm512_unpacklo_epi32(q[2], q[3]), high23 = _mm512_unpackhi_epi32(q[2], q[3]);
@@ -179,12 +173,13 @@ static void quantize_static_rows_f32_u8_avx512vnni(const float *x, int64_t strid
     quantize_rows(x, stride, rows, k, NULL, &zero_point, &fixed, out, out_stride);
 }
 
-/* Sixteen lanes at four depths; depths from `depth` on are `zero`. */
+/* Sixteen lanes at four depths; depths from `depth` on are the zero point. */
 FC_INLINE __m512i quantize_depths(const float *x, int64_t stride, int64_t depth, __mmask16 live, __m512 inverse, __m512i zero) {
     const __m512i by_lane = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     __m512i q[4];
-    for (int j = 0; j < 4; j++) q[j] = j < depth ? quantize(_mm512_maskz_loadu_ps(live, x + j * stride), inverse, zero) : zero;
-    return _mm512_shuffle_epi8(pack_bytes(q[0], q[1], q[2], q[3]), by_lane);
+    for (int j = 0; j < 4; j++)
+        q[j] = j < depth ? quantize(_mm512_maskz_loadu_ps(live, x + j * stride), inverse) : _mm512_setzero_si512();
+    return _mm512_shuffle_epi8(pack_bytes(q[0], q[1], q[2], q[3], _mm512_packs_epi32(zero, zero)), by_lane);
 }
 
 static void quantize_lanes_f32_u8_avx512vnni(const float *x, int64_t stride, int64_t rows, int64_t k, const float *inverse,
