@@ -281,7 +281,7 @@ def distillation_grad(
 def transpose(program: Program, x: Array, out: Array) -> None:
     """Convert rows [M,N] to lanes [N,M], or back."""
 
-# ---- quant: symmetric int8 in [-127, 127] ----
+# ---- quant: int8 ----
 
 def quantize_weight(weight: Array, codes: Array, scale: Array, threads: int = 1) -> None:
     """Per output channel: scale[n] = max|w[n]| / 127 (1 where the row is 0), codes[n,k] = round half even(w / scale)."""
@@ -299,12 +299,15 @@ def quantize_activations(
     layout: str,
     codes: Array,
     scales: Array,
+    zeros: Array | None = None,
     scale: float | None = None,
     zero_point: int = 128,
 ) -> None:
-    """Quantise float32 x per row m (rows [M,K], or lanes [K,M] if `lanes`) into a uint8 panel of `layout`; scales[M].
+    """Quantise float32 x per row m (rows [M,K], or lanes [K,M] if `lanes`): a uint8 panel of `layout`, scales[M], int32 zeros[M].
 
-    With a static `scale`: codes = clip(round half even(x / scale) + zero_point, 0, 255), all scales that one; "tile" panels only.
+    A code stands for (code - zero) * scale. "tile" spreads 256 codes from min(0, min x) to max(0, max x); "lanes" is symmetric,
+    has 128 for all zeros and needs no `zeros`. With a static `scale`: codes = clip(round half even(x / scale) + zero_point, 0,
+    255), all scales and zeros are these; "tile" panels only.
     """
 
 class PackedInt8:
@@ -318,6 +321,7 @@ def linear_int8(
     program: Program,
     codes: Array,
     scales: Array,
+    zeros: Array,
     m: int,
     weight: PackedInt8,
     weight_scale: Array,
@@ -325,11 +329,10 @@ def linear_int8(
     bias: Array | None,
     activation: str | None,
     residual: Array | None,
-    zero_point: int = 128,
 ) -> None:
     """out[M,N] = activation(acc * (scales[m] * weight_scale[n]) + bias[n]) + residual; weight_scale is read at every run.
 
-    `zero_point` is that of the codes' static scale.
+    acc = sum over k of (codes - zeros[m]) * weight.
     """
 
 # ---- sparse ----

@@ -135,13 +135,11 @@ def is_float_in_memory(weight: str, binder: Binder) -> bool:
 
 
 def bind_quantized(node: Node, binder: Binder) -> bool:
-    static = static_scale(node)
-    codes, scales, m = binder.codes(node.inputs[0], "tile", static)
+    codes, scales, zeros, m = binder.codes(node.inputs[0], "tile", static_scale(node))
     _, residual, out = matrices(node, binder, "rows")
     packed = binder.packed(node.inputs[1], _core.pack_int8)
     weight_scale = binder.scale(node.inputs[1])
-    zero_point = 128 if static is None else static[1]
-    binder.step(_core.linear_int8, codes, scales, m, packed, weight_scale, out, *epilogue(node, binder, residual), zero_point)
+    binder.step(_core.linear_int8, codes, scales, zeros, m, packed, weight_scale, out, *epilogue(node, binder, residual))
     return True
 
 
@@ -152,7 +150,7 @@ def bind_sparse(node: Node, binder: Binder) -> bool:
     if tensor.block not in BLOCKS[tensor.values.dtype.name]:
         return False
     if tensor.scale is not None:
-        codes, scales, m = binder.codes(node.inputs[0], "lanes")
+        codes, scales, _, m = binder.codes(node.inputs[0], "lanes")
         _, residual, out = matrices(node, binder, "lanes")
         packed = binder.packed(weight, _core.pack_sparse)
         weight_scale = binder.scale(weight)
