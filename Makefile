@@ -14,7 +14,7 @@ test: $(VENV)/.test
 check: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(find src benchmarks -name '*.[ch]' ! -name core.c)
+	$(BIN)/clang-format --dry-run -Werror $$(find src python -name '*.[ch]' ! -name core.c)
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint src/fastcore/core.pyx src/fastcore/*/*.pxi
 
 bench: $(VENV)/.test
