@@ -11,6 +11,7 @@
 
 #ifdef FC_X86
 FC_TARGET_AVX512
+#include "../nn/gelu512.h"
 
 enum { MR = 12, NR = 32, KC = 256, LANES = 16, PAIR = 4 };
 
@@ -190,9 +191,58 @@ static float dot_f32_avx512(const float *a, const float *b, int64_t n) {
     return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(s0, s1), _mm512_add_ps(s2, s3)));
 }
 
+/* Up to four rows by up to two vectors: all that happens to a value happens in a register. */
+FC_INLINE void finish(const int rows, const int vectors, const int gelu, float *c, int64_t c_stride, const float *bias,
+                      const float *residual, int64_t residual_stride, __mmask16 last) {
+    __m512 x[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) {
+            const __mmask16 lanes = v + 1 == vectors ? last : 0xffff;
+            x[i * vectors + v] = _mm512_maskz_loadu_ps(lanes, c + i * c_stride + v * LANES);
+            if (bias) x[i * vectors + v] = _mm512_add_ps(x[i * vectors + v], _mm512_maskz_loadu_ps(lanes, bias + v * LANES));
+        }
+    if (gelu) gelu_vectors(x, rows * vectors);
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) {
+            const __mmask16 lanes = v + 1 == vectors ? last : 0xffff;
+            __m512 y = x[i * vectors + v];
+            if (residual) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(lanes, residual + i * residual_stride + v * LANES));
+            _mm512_mask_storeu_ps(c + i * c_stride + v * LANES, lanes, y);
+        }
+}
+
+FC_INLINE void finish_columns(const int rows, const int gelu, float *c, int64_t c_stride, int64_t cols, const float *bias,
+                              const float *residual, int64_t residual_stride) {
+    for (int64_t j = 0; j < cols; j += 2 * LANES) {
+        const float *b = bias ? bias + j : NULL, *r = residual ? residual + j : NULL;
+        if (cols - j > LANES)
+            finish(rows, 2, gelu, c + j, c_stride, b, r, residual_stride, first_lanes(cols - j - LANES));
+        else
+            finish(rows, 1, gelu, c + j, c_stride, b, r, residual_stride, first_lanes(cols - j));
+    }
+}
+
+FC_INLINE void finish_rows(const int gelu, float *c, int64_t c_stride, int64_t rows, int64_t cols, const float *bias,
+                           const float *residual, int64_t residual_stride) {
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4, c += 4 * c_stride, residual += residual ? 4 * residual_stride : 0)
+        finish_columns(4, gelu, c, c_stride, cols, bias, residual, residual_stride);
+    for (; i < rows; i++, c += c_stride, residual += residual ? residual_stride : 0)
+        finish_columns(1, gelu, c, c_stride, cols, bias, residual, residual_stride);
+}
+
 static void epilogue_f32_avx512(float *c, int64_t c_stride, int64_t rows, int64_t cols, const float *bias,
                                 fc_activation activation, const float *residual, int64_t residual_stride) {
-    epilogue_body(c, c_stride, rows, cols, bias, activation, residual, residual_stride);
+    if (activation == FC_GELU)
+        finish_rows(1, c, c_stride, rows, cols, bias, residual, residual_stride);
+    else if (activation == FC_IDENTITY)
+        finish_rows(0, c, c_stride, rows, cols, bias, residual, residual_stride);
+    else
+        epilogue_body(c, c_stride, rows, cols, bias, activation, residual, residual_stride);
 }
 
 FC_TARGET_END

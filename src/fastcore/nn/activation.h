@@ -88,23 +88,18 @@ FC_INLINE float fc_normal_cdf(float x, float *bell) {
 
 /* x Phi(x), with (Phi(x) - 1/2) / x as a polynomial in t = 2 (x / 5.25)^2 - 1: neither exp nor division, for the inner loops of
  * inference. The error is at most 2.5e-7 max(1, |x|); below -5.25, where Phi is 7.6e-8, the result is 0. */
+#define FC_GELU_END 5.25f
+enum { FC_GELU_TERMS = 14 };
+static const float fc_gelu_terms[FC_GELU_TERMS] = {-5.3686410e-4f, 1.4344503e-3f,  -1.3884285e-3f, 1.9252854e-3f,  -5.0601475e-3f,
+                                                   9.0183346e-3f,  -1.2981067e-2f, 1.8347990e-2f,  -2.4989435e-2f, 3.2060143e-2f,
+                                                   -3.9769083e-2f, 4.9644172e-2f,  -6.7126639e-2f, 1.3465936e-1f};
+
 FC_INLINE float fc_gelu(float x) {
-    const float end = 5.25f, square = x * x;
+    const float end = FC_GELU_END, square = x * x;
     const float t = fc_fma(square < end * end ? square : end * end, 2 / (end * end), -1.0f);
-    float p = -5.3686410e-4f;
-    p = fc_fma(p, t, 1.4344503e-3f);
-    p = fc_fma(p, t, -1.3884285e-3f);
-    p = fc_fma(p, t, 1.9252854e-3f);
-    p = fc_fma(p, t, -5.0601475e-3f);
-    p = fc_fma(p, t, 9.0183346e-3f);
-    p = fc_fma(p, t, -1.2981067e-2f);
-    p = fc_fma(p, t, 1.8347990e-2f);
-    p = fc_fma(p, t, -2.4989435e-2f);
-    p = fc_fma(p, t, 3.2060143e-2f);
-    p = fc_fma(p, t, -3.9769083e-2f);
-    p = fc_fma(p, t, 4.9644172e-2f);
-    p = fc_fma(p, t, -6.7126639e-2f);
-    p = fc_fma(p, t, 1.3465936e-1f);
+    float p = fc_gelu_terms[0];
+#pragma GCC unroll 13
+    for (int i = 1; i < FC_GELU_TERMS; i++) p = fc_fma(p, t, fc_gelu_terms[i]);
     const float below = x < end ? x : end;
     const float cdf = fc_fma(below, p, 0.5f);
     return x * (x > -end ? cdf : 0.0f);
