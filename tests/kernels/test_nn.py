@@ -238,6 +238,19 @@ def test_a_program_keeps_its_scratch():
     assert len(blocks) == 100
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(), (5,), (37, 5), (41, 37, 5), (0,)])
+def test_sums_and_products_repeat_the_last_dimensions(level, shape, threads):
+    rng = np.random.default_rng(3)
+    a = rng.standard_normal((41, 37, 5) if shape != (0,) else (3, 0)).astype(np.float32)
+    b = rng.standard_normal(shape).astype(np.float32)
+    for kernel, wanted in ((_core.add, a + b), (_core.multiply, a * b)):
+        program, out = _core.Program(), np.empty_like(a)
+        kernel(program, a, b, out)
+        program.run(threads)
+        np.testing.assert_array_equal(out, wanted)
+
+
 # ---- refusals ----
 
 X, Y, V = np.zeros((3, 4), np.float32), np.zeros((4, 3), np.float32), np.zeros(4, np.float32)
@@ -253,7 +266,8 @@ REFUSED = [
     ((BufferError, ValueError), _core.activate, ("relu", X, READ_ONLY)),
     (TypeError, _core.add, (X, None, X)),
     (TypeError, _core.activate, ("relu", X, None)),
-    (ValueError, _core.add, (X, V, X)),
+    (ValueError, _core.add, (X, np.zeros(3, np.float32), X)),
+    (ValueError, _core.add, (V, X, V)),
     (ValueError, _core.column_sum, (X, np.zeros(3, np.float32))),
     (ValueError, _core.column_sum, (V, V)),
     (ValueError, _core.layer_norm, (X, np.zeros(3, np.float32), V, 1e-5, X)),

@@ -66,3 +66,22 @@ def test_map_refuses_what_does_not_stack():
             session.map(**bad)
     with pytest.raises(ModelError, match="same leading dimension"):
         session.map(x=rows(3, 5, 16), y=rows(2, 1))
+
+
+def test_shape_arithmetic_keeps_examples_apart():
+    """A view may take its shape from the batch's; anything else that reads it may not."""
+    x = TensorType(np.dtype(np.float32), ("batch", 4, 6))
+    nodes = (
+        Node("Shape", ("x",), ("batch",), {"start": 0, "end": 1}),
+        Node("Concat", ("batch", "rest"), ("shape",), {"axis": 0}),
+        Node("Reshape", ("x", "shape"), ("flat",)),
+        Node("Relu", ("flat",), ("y",)),
+    )
+    tensors = {"rest": Dense(np.array([24]))}
+    session, given = Session(Model(nodes, tensors, {"x": x}, ("y",)), 2), rows(600, 4, 6)
+    np.testing.assert_array_equal(session.run(x=given)["y"], np.maximum(given, 0).reshape(600, 24))
+    assert cut(session)
+    tail = (*nodes[:3], Node("Cast", ("batch",), ("count",), {"to": "float32"}), Node("Add", ("flat", "count"), ("y",)))
+    session = Session(Model(tail, tensors, {"x": x}, ("y",)), 2)
+    np.testing.assert_array_equal(session.run(x=given)["y"], given.reshape(600, 24) + np.float32(600))
+    assert not cut(session)

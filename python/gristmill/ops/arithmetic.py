@@ -1,6 +1,7 @@
 """Arithmetic with NumPy broadcasting; Add and Mul of equal shapes run on kernels."""
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -60,10 +61,14 @@ class Elementwise(Op):
         return aligned(split, types, made[0])
 
     def bind(self, node: Node, binder: Binder) -> bool:
-        a, b = binder.rows(node.inputs[0]), binder.rows(node.inputs[1])
-        if a.shape != b.shape:
+        a, b = sorted(map(binder.rows, node.inputs), key=lambda buffer: -prod(buffer.shape))  # both operators commute
+        core = b.shape
+        while core[:1] == (1,):
+            core = core[1:]
+        out = a.shape == b.shape or (len(b.shape) <= len(a.shape) and a.shape[len(a.shape) - len(core) :] == core)
+        if not out or 0 in a.shape:
             return False
-        binder.step(self.kernel(), a, b, binder.output(node.outputs[0]))
+        binder.step(self.kernel(), a, b.reshape(*core), binder.output(node.outputs[0]))
         return True
 
 

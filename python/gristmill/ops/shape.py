@@ -56,6 +56,11 @@ class View(Op):
     differentiable = True
     every_dtype = True
 
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        return split[0] and not any(split[1:]) and types[0] is not None and types[0].shape[0] == made[0].shape[0]
+
     def bind(self, node: Node, binder: Binder) -> bool:
         return binder.alias(node.outputs[0], binder.rows(node.inputs[0]))
 
@@ -233,6 +238,11 @@ class Transpose(Op):
             perm = self._perm(node, len(tape.type(node.inputs[0]).shape))
             inverse = tuple(int(axis) for axis in np.argsort(perm))
             tape.add(node.inputs[0], tape.emit("Transpose", [dy], {"perm": inverse}, domain=""))
+
+    def separable(
+        self, node: Node, split: Sequence[bool], types: Sequence[TensorType | None], made: Sequence[TensorType]
+    ) -> bool:
+        return node.attributes.get("perm", (1,))[0] == 0
 
     def bind(self, node: Node, binder: Binder) -> bool:
         x = binder.rows(node.inputs[0])

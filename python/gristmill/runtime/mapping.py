@@ -4,14 +4,16 @@ A batch of independent items runs faster item by item than all at once: a thread
 cache and waits for nobody. An item is a few examples, enough rows for the matrix products to be at their best.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from gristmill import _core
+from gristmill.errors import ModelError
 from gristmill.model import Model
 from gristmill.ops import TensorType, find
 from gristmill.ops.op import as_rows
+from gristmill.ops.shape import View
 from gristmill.runtime.plan import Plan
 from gristmill.runtime.shapes import Shapes
 from gristmill.runtime.staged import Run
@@ -109,15 +111,20 @@ def _stacked(arrays: Mapping[str, Array], start: int, stop: int, items: int) -> 
     return {name: array[start:stop].reshape(items, -1, *array.shape[1:]) for name, array in arrays.items()}
 
 
-def examples_per_item(graph: Model, shapes: Shapes, threads: int) -> int | None:
+def examples_per_item(graph: Model, shapes: Shapes, threads: int, at: Callable[[int], Shapes]) -> int | None:
     """Return how many examples of a batch make an item, or None where the batch is to run at once.
 
-    Every input must share its leading dimension, and every output row depend on the same rows of the inputs alone.
+    Every input must share its leading dimension, and every output row depend on the same rows of the inputs alone. `at` tells
+    what is known of the graph at another batch size.
     """
     batch = _batch(graph, shapes)
-    if batch is None or shapes.pending:
+    if not batch or shapes.pending:
         return None
-    tallest = _tallest(graph, shapes, batch)
+    try:
+        elsewhere = at(batch + 1).values
+    except ModelError:  # the graph admits this batch alone
+        return None
+    tallest = _tallest(graph, shapes, batch, elsewhere)
     if not tallest:
         return None
     size = max(1, round(ROWS * batch / tallest))
@@ -134,12 +141,21 @@ def _batch(graph: Model, shapes: Shapes) -> int | None:
     return shapes.types[next(iter(graph.inputs))].extents[0] if isinstance(symbol, str) else None
 
 
-def _tallest(graph: Model, shapes: Shapes, batch: int) -> int | None:
-    """The rows of the tallest matrix of the graph, None if some row depends on another example's."""
-    split = set(graph.inputs)
+def _tallest(graph: Model, shapes: Shapes, batch: int, elsewhere: Mapping[str, Array]) -> int | None:
+    """The rows of the tallest matrix of the graph, None if some row depends on another example's.
+
+    Values that planning knows are constants, but for those that differ `elsewhere`, at another batch size: only a view may read
+    those, for the shape that it is to have.
+    """
+    split, varying = set(graph.inputs), set[str]()
     tallest = batch
     for node in graph.nodes:
+        if node.name in shapes.values:
+            varying.update(name for name in node.outputs if not _same(shapes.values[name], elsewhere.get(name)))
+            continue
         flags = [name in split for name in node.inputs]
+        if varying.intersection(node.inputs) and not isinstance(find(node), View):
+            return None
         if not any(flags):
             continue
         kinds = [shapes.types[name] if name else None for name in node.inputs]
@@ -149,6 +165,10 @@ def _tallest(graph: Model, shapes: Shapes, batch: int) -> int | None:
         split.update(node.outputs)
         tallest = max(tallest, *(as_rows(kind.extents)[0] for kind in made if kind.shape))
     return tallest if all(name in split for name in graph.outputs) else None
+
+
+def _same(here: Array, there: Array | None) -> bool:
+    return there is not None and np.array_equal(here, there)
 
 
 def _leads(made: Sequence[TensorType], batch: int) -> bool:

@@ -229,7 +229,11 @@ class Session:
 
     def _split(self, given: Mapping[str, TensorType], shapes: Shapes) -> Run | None:
         """Return a run of a batch item by item, or None where that is impossible or not worth it."""
-        size = examples_per_item(self._graph, shapes, self.threads)
+
+        def at(batch: int) -> Shapes:
+            return determine(self._graph, _resized(given, batch), self.trainable)
+
+        size = examples_per_item(self._graph, shapes, self.threads, at)
         if size is None:
             return None
         batch = next(iter(given.values())).extents[0]

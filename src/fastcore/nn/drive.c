@@ -46,19 +46,19 @@ void fc_nn_activate_grad(const void *args, int rank, int size) {
     fc_kernels.activate_grad_f32(e->kind, e->a + i, e->b + i, end - i, e->out + i);
 }
 
-void fc_nn_add(const void *args, int rank, int size) {
-    const fc_elementwise *e = args;
+static void combine(const fc_elementwise *e, fc_add_f32_fn *kernel, int rank, int size) {
     int64_t i, end;
     share_elements(e->n, CHEAP, rank, size, &i, &end);
-    fc_kernels.add_f32(e->a + i, e->b + i, end - i, e->out + i);
+    while (i < end) {
+        const int64_t at = i % e->period, left = e->period - at, n = end - i < left ? end - i : left;
+        kernel(e->a + i, e->b + at, n, e->out + i);
+        i += n;
+    }
 }
 
-void fc_nn_multiply(const void *args, int rank, int size) {
-    const fc_elementwise *e = args;
-    int64_t i, end;
-    share_elements(e->n, CHEAP, rank, size, &i, &end);
-    fc_kernels.multiply_f32(e->a + i, e->b + i, end - i, e->out + i);
-}
+void fc_nn_add(const void *args, int rank, int size) { combine(args, fc_kernels.add_f32, rank, size); }
+
+void fc_nn_multiply(const void *args, int rank, int size) { combine(args, fc_kernels.multiply_f32, rank, size); }
 
 void fc_nn_scale(const void *args, int rank, int size) {
     const fc_elementwise *e = args;

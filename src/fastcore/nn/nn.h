@@ -83,11 +83,11 @@ typedef void fc_transpose_f32_fn(const float *x, int64_t x_stride, int64_t rows,
 
 /* ---- steps (drive.c) ---- */
 
-/* n elements: out from a (dy for a gradient) and b. */
+/* n elements: out from a (dy for a gradient) and b, which a sum or a product repeats after `period` elements. */
 typedef struct fc_elementwise {
     fc_activation kind;
     float factor;
-    int64_t n;
+    int64_t n, period;
     const float *a, *b;
     float *out;
 } fc_elementwise;

@@ -10,7 +10,7 @@ cdef extern from "nn/nn.h" nogil:
     ctypedef struct fc_elementwise:
         fc_activation kind
         float factor
-        int64_t n
+        int64_t n, period
         const float *a
         const float *b
         float *out
@@ -64,15 +64,19 @@ cdef int64_t items(tuple shape):
 
 
 cdef int add_elementwise(
-    Program program, fc_step_fn *run, str kind, float factor, tuple a, tuple b, tuple out,
+    Program program, fc_step_fn *run, str kind, float factor, tuple a, tuple b, tuple out, bint repeats=False,
 ) except -1:
-    """Append an elementwise step; a, b, out are (array, name), all of one shape, b's array None where there is no second."""
+    """Append an elementwise step; a, b, out are (array, name), all of one shape, b's array None where there is no second.
+
+    Where `repeats`, b may have the last dimensions alone.
+    """
     cdef fc_elementwise e
     memset(&e, 0, sizeof(e))
     shape = tuple(a[0].shape)
-    e.kind, e.factor, e.n = activation_of(kind), factor, items(shape)
+    of_b = shape[len(shape) - b[0].ndim:] if repeats and b[0] is not None and b[0].ndim <= len(shape) else shape
+    e.kind, e.factor, e.n, e.period = activation_of(kind), factor, items(shape), items(of_b)
     e.a = <const float *>pointer(a[0], a[1], "f", shape)
-    e.b = <const float *>optional_pointer(b[0], b[1], "f", shape)
+    e.b = <const float *>optional_pointer(b[0], b[1], "f", of_b)
     e.out = <float *>pointer(out[0], out[1], "f", shape, True)
     return program.add(run, &e, sizeof(e), (a[0], b[0], out[0]))
 
@@ -88,13 +92,13 @@ def activate_grad(Program program, str kind, dy not None, x not None, dx not Non
 
 
 def add(Program program, a not None, b not None, out not None):
-    """Append out = a + b; out may be a or b."""
-    add_elementwise(program, fc_nn_add, None, 0, (a, "a"), (b, "b"), (out, "out"))
+    """Append out = a + b, b repeated where it has the last dimensions alone; out may be a or b."""
+    add_elementwise(program, fc_nn_add, None, 0, (a, "a"), (b, "b"), (out, "out"), True)
 
 
 def multiply(Program program, a not None, b not None, out not None):
-    """Append out = a * b; out may be a or b."""
-    add_elementwise(program, fc_nn_multiply, None, 0, (a, "a"), (b, "b"), (out, "out"))
+    """Append out = a * b, b repeated where it has the last dimensions alone; out may be a or b."""
+    add_elementwise(program, fc_nn_multiply, None, 0, (a, "a"), (b, "b"), (out, "out"), True)
 
 
 def scale(Program program, x not None, float factor, out not None):
