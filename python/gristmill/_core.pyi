@@ -187,6 +187,13 @@ def has_bf16() -> bool:
 def linear_scratch(m: int, n: int, k: int, threads: int) -> int:
     """Bytes of scratch that any of the three dense products of these sizes needs; with less, they run on fewer threads."""
 
+def panels_nbytes(depth: int, cols: int, bf16: bool) -> int:
+    """Bytes of `panels`, where a product packs its second operand [depth, cols], which must be dense float32, at every run.
+
+    Reused by many rows: the weight in `linear` ([K,N]) and `linear_grad_input` ([N,K]), x in `linear_grad_weight` ([M,K]).
+    The result has the same bits without.
+    """
+
 def linear(
     program: Program,
     x: Array,
@@ -196,6 +203,7 @@ def linear(
     activation: str | None,
     residual: Array | None,
     scratch: Array,
+    panels: Array | None = None,
 ) -> None:
     """out[M,N] = activation(x[M,K] @ weight[N,K].T + bias[N]) + residual[M,N]; a Weight is read in place at every run."""
 
@@ -208,19 +216,28 @@ def linear_bf16(
     activation: str | None,
     residual: Array | None,
     scratch: Array,
+    panels: Array | None = None,
 ) -> None:
     """`linear` with x and the weight rounded to bf16 and float32 sums; the weight is of pack_bf16, or dense float32 in place."""
 
-def linear_grad_input_bf16(program: Program, dy: Array, weight: Weight, dx: Array, scratch: Array) -> None:
+def linear_grad_input_bf16(
+    program: Program, dy: Array, weight: Weight, dx: Array, scratch: Array, panels: Array | None = None
+) -> None:
     """`linear_grad_input` with both operands rounded to bf16; the weight is dense float32."""
 
-def linear_grad_weight_bf16(program: Program, dy: Array, x: Array, weight: Weight, grad: Array, scratch: Array) -> None:
+def linear_grad_weight_bf16(
+    program: Program, dy: Array, x: Array, weight: Weight, grad: Array, scratch: Array, panels: Array | None = None
+) -> None:
     """`linear_grad_weight` with both operands rounded to bf16; the weight is dense float32."""
 
-def linear_grad_input(program: Program, dy: Array, weight: Weight, dx: Array, scratch: Array) -> None:
+def linear_grad_input(
+    program: Program, dy: Array, weight: Weight, dx: Array, scratch: Array, panels: Array | None = None
+) -> None:
     """dx[M,K] = dy[M,N] @ weight[N,K]; blocks and int8 are expanded tile by tile."""
 
-def linear_grad_weight(program: Program, dy: Array, x: Array, weight: Weight, grad: Array, scratch: Array) -> None:
+def linear_grad_weight(
+    program: Program, dy: Array, x: Array, weight: Weight, grad: Array, scratch: Array, panels: Array | None = None
+) -> None:
     """dW = dy[M,N].T @ x[M,K], stored as `weight` stores its trainable part.
 
     Dense float32: grad[N,K]. Blocks float32: grad[blocks,r,c], the packed positions only. int8 of either: grad[N], the gradient

@@ -117,8 +117,19 @@ def bind_dense(node: Node, binder: Binder) -> bool:
     source = binder.weight(weight) if in_place else binder.packed(weight, pack)
     n, k = binder.tensor(weight).shape
     scratch = binder.scratch(_core.linear_scratch(x.shape[0], n, k, binder.threads))
-    binder.step(kernel, x, source, out, *epilogue(node, binder, residual), scratch)
+    panels = operand_panels(binder, weight, x.shape[0], k, n, bf16) if in_place else None
+    binder.step(kernel, x, source, out, *epilogue(node, binder, residual), scratch, panels)
     return True
+
+
+PACKED_FROM = 256  # results along the other side that make a run's own packing of an operand worth its time
+
+
+def operand_panels(binder: Binder, weight: str, others: int, depth: int, cols: int, bf16: bool) -> Any:
+    """Return where a product packs its second operand [depth, cols] at every run, or None where it reads it in place."""
+    if binder.in_place or others < PACKED_FROM or not is_float_in_memory(weight, binder):
+        return None
+    return binder.scratch(_core.panels_nbytes(depth, cols, bf16))
 
 
 def multiplies_bf16(weight: str, binder: Binder) -> bool:
@@ -228,7 +239,8 @@ class LinearGradInput(Op):
         weight = node.inputs[1]
         bf16 = multiplies_bf16(weight, binder) and is_float_in_memory(weight, binder)
         kernel = _core.linear_grad_input_bf16 if bf16 else _core.linear_grad_input
-        binder.step(kernel, dy, binder.weight(weight), dx, scratch)
+        panels = operand_panels(binder, weight, dy.shape[0], n, k, bf16)
+        binder.step(kernel, dy, binder.weight(weight), dx, scratch, panels)
         return True
 
 
@@ -269,7 +281,8 @@ class LinearGradWeight(Op):
         weight = node.inputs[2]
         bf16 = multiplies_bf16(weight, binder) and is_float_in_memory(weight, binder)
         kernel = _core.linear_grad_weight_bf16 if bf16 else _core.linear_grad_weight
-        binder.step(kernel, dy, x, binder.weight(weight), grad, scratch)
+        panels = operand_panels(binder, weight, min(n, dy.shape[0]), dy.shape[0], k, bf16)
+        binder.step(kernel, dy, x, binder.weight(weight), grad, scratch, panels)
         if is_int8(tensor):  # the kernel gives the gradient of the scales; a gain multiplies them
             binder.step(_core.multiply, grad, tensor.scale, grad)  # type: ignore[union-attr]
         return True
