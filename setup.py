@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 import tempfile
 from glob import glob
 
@@ -10,7 +11,9 @@ from setuptools.command.build_ext import build_ext
 
 BASELINE = ["-march=x86-64-v2"] if platform.machine() in ("x86_64", "AMD64") else []
 FLAGS = ["-O3", "-std=gnu11", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", *BASELINE]
-FLAGS += os.environ.get("GRISTMILL_CFLAGS", "").split()
+EXTRA = os.environ.get("GRISTMILL_CFLAGS", "").split()
+FLAGS += EXTRA
+LINK = [] if EXTRA or sys.platform != "linux" else ["-Wl,-s"]  # Python's own flags may ask for -g, which is most of the file
 
 
 class BuildCore(build_ext):
@@ -37,6 +40,7 @@ class BuildCore(build_ext):
 
 SOURCES = ["src/fastcore/core.pyx", *sorted(set(glob("src/fastcore/**/*.c", recursive=True)) - {"src/fastcore/core.c"})]
 DEPENDS = [*glob("src/fastcore/**/*.h", recursive=True), *glob("src/fastcore/**/*.pxi", recursive=True)]
-CORE = Extension("gristmill._core", SOURCES, include_dirs=["src/fastcore"], depends=DEPENDS, extra_compile_args=FLAGS)
+CORE = Extension("gristmill._core", SOURCES, include_dirs=["src/fastcore"], depends=DEPENDS)
+CORE.extra_compile_args, CORE.extra_link_args = FLAGS, LINK
 CORE.cython_directives = {"language_level": 3, "embedsignature": True}
 setup(ext_modules=[CORE], cmdclass={"build_ext": BuildCore})

@@ -187,6 +187,13 @@ def has_bf16() -> bool:
 def linear_scratch(m: int, n: int, k: int, threads: int) -> int:
     """Bytes of scratch that any of the three dense products of these sizes needs; with less, they run on fewer threads."""
 
+def panels_nbytes(depth: int, cols: int, bf16: bool) -> int:
+    """Bytes of `panels`, where a product packs its second operand [depth, cols], which must be dense float32, at every run.
+
+    Reused by many rows: the weight in `linear` ([K,N]) and `linear_grad_input` ([N,K]), x in `linear_grad_weight` ([M,K]).
+    The result has the same bits without.
+    """
+
 def linear(
     program: Program,
     x: Array,
@@ -196,6 +203,7 @@ def linear(
     activation: str | None,
     residual: Array | None,
     scratch: Array,
+    panels: Array | None = None,
 ) -> None:
     """out[M,N] = activation(x[M,K] @ weight[N,K].T + bias[N]) + residual[M,N]; a Weight is read in place at every run."""
 
@@ -208,19 +216,28 @@ def linear_bf16(
     activation: str | None,
     residual: Array | None,
     scratch: Array,
+    panels: Array | None = None,
 ) -> None:
     """`linear` with x and the weight rounded to bf16 and float32 sums; the weight is of pack_bf16, or dense float32 in place."""
 
-def linear_grad_input_bf16(program: Program, dy: Array, weight: Weight, dx: Array, scratch: Array) -> None:
+def linear_grad_input_bf16(
+    program: Program, dy: Array, weight: Weight, dx: Array, scratch: Array, panels: Array | None = None
+) -> None:
     """`linear_grad_input` with both operands rounded to bf16; the weight is dense float32."""
 
-def linear_grad_weight_bf16(program: Program, dy: Array, x: Array, weight: Weight, grad: Array, scratch: Array) -> None:
+def linear_grad_weight_bf16(
+    program: Program, dy: Array, x: Array, weight: Weight, grad: Array, scratch: Array, panels: Array | None = None
+) -> None:
     """`linear_grad_weight` with both operands rounded to bf16; the weight is dense float32."""
 
-def linear_grad_input(program: Program, dy: Array, weight: Weight, dx: Array, scratch: Array) -> None:
+def linear_grad_input(
+    program: Program, dy: Array, weight: Weight, dx: Array, scratch: Array, panels: Array | None = None
+) -> None:
     """dx[M,K] = dy[M,N] @ weight[N,K]; blocks and int8 are expanded tile by tile."""
 
-def linear_grad_weight(program: Program, dy: Array, x: Array, weight: Weight, grad: Array, scratch: Array) -> None:
+def linear_grad_weight(
+    program: Program, dy: Array, x: Array, weight: Weight, grad: Array, scratch: Array, panels: Array | None = None
+) -> None:
     """dW = dy[M,N].T @ x[M,K], stored as `weight` stores its trainable part.
 
     Dense float32: grad[N,K]. Blocks float32: grad[blocks,r,c], the packed positions only. int8 of either: grad[N], the gradient
@@ -281,7 +298,7 @@ def distillation_grad(
 def transpose(program: Program, x: Array, out: Array) -> None:
     """Convert rows [M,N] to lanes [N,M], or back."""
 
-# ---- quant: symmetric int8 in [-127, 127] ----
+# ---- quant: int8 ----
 
 def quantize_weight(weight: Array, codes: Array, scale: Array, threads: int = 1) -> None:
     """Per output channel: scale[n] = max|w[n]| / 127 (1 where the row is 0), codes[n,k] = round half even(w / scale)."""
@@ -299,12 +316,15 @@ def quantize_activations(
     layout: str,
     codes: Array,
     scales: Array,
+    zeros: Array | None = None,
     scale: float | None = None,
     zero_point: int = 128,
 ) -> None:
-    """Quantise float32 x per row m (rows [M,K], or lanes [K,M] if `lanes`) into a uint8 panel of `layout`; scales[M].
+    """Quantise float32 x per row m (rows [M,K], or lanes [K,M] if `lanes`): a uint8 panel of `layout`, scales[M], int32 zeros[M].
 
-    With a static `scale`: codes = clip(round half even(x / scale) + zero_point, 0, 255), all scales that one; "tile" panels only.
+    A code stands for (code - zero) * scale. "tile" spreads 256 codes from min(0, min x) to max(0, max x); "lanes" is symmetric,
+    has 128 for all zeros and needs no `zeros`. With a static `scale`: codes = clip(round half even(x / scale) + zero_point, 0,
+    255), all scales and zeros are these; "tile" panels only.
     """
 
 class PackedInt8:
@@ -318,6 +338,7 @@ def linear_int8(
     program: Program,
     codes: Array,
     scales: Array,
+    zeros: Array,
     m: int,
     weight: PackedInt8,
     weight_scale: Array,
@@ -325,11 +346,10 @@ def linear_int8(
     bias: Array | None,
     activation: str | None,
     residual: Array | None,
-    zero_point: int = 128,
 ) -> None:
     """out[M,N] = activation(acc * (scales[m] * weight_scale[n]) + bias[n]) + residual; weight_scale is read at every run.
 
-    `zero_point` is that of the codes' static scale.
+    acc = sum over k of (codes - zeros[m]) * weight.
     """
 
 # ---- sparse ----

@@ -6,7 +6,7 @@ import pytest
 from gristmill import _core
 
 LEVELS = ("scalar", "avx2", "avx512")
-MAX_K = 133143
+MAX_K = 66311
 
 
 @pytest.fixture(params=LEVELS)
@@ -24,17 +24,18 @@ def weight(codes, scale=None):
 def quantize(x, layout="tile", lanes=False):
     m, k = x.shape[::-1] if lanes else x.shape
     codes, scales = np.empty(_core.codes_nbytes(m, k, layout), np.uint8), np.empty(m, np.float32)
+    zeros = np.empty(m, np.int32)
     program = _core.Program()
-    _core.quantize_activations(program, x, lanes, layout, codes, scales)
+    _core.quantize_activations(program, x, lanes, layout, codes, scales, zeros)
     program.run()
-    return codes, scales
+    return codes, scales, zeros
 
 
 def linear(x, packed, weight_scale, bias=None, activation=None, residual=None, out=None):
-    codes, scales = quantize(x)
+    codes, scales, zeros = quantize(x)
     out = np.empty((len(x), packed.shape[0]), np.float32) if out is None else out
     program = _core.Program()
-    _core.linear_int8(program, codes, scales, len(x), packed, weight_scale, out, bias, activation, residual)
+    _core.linear_int8(program, codes, scales, zeros, len(x), packed, weight_scale, out, bias, activation, residual)
     program.run()
     return out
 
@@ -43,16 +44,23 @@ def test_codes_nbytes():
     assert _core.codes_nbytes(5, 7, "tile") == 5 * 8
     assert _core.codes_nbytes(5, 7, "lanes") == 16 * 8
     assert _core.codes_nbytes(0, 7, "lanes") == _core.codes_nbytes(9, 0, "tile") == 0
-    for bad in ((-1, 4, "tile"), (4, -1, "tile"), (1, MAX_K + 1, "tile"), (2**31, 1, "tile"), (4, 4, "rows")):
+    assert _core.codes_nbytes(1, 133143, "lanes") == 16 * 133144
+    for bad in (
+        (-1, 4, "tile"), (4, -1, "tile"), (1, MAX_K + 1, "tile"), (1, 133144, "lanes"), (2**31, 1, "tile"), (4, 4, "rows"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=r"terms|rows|layout"):
             _core.codes_nbytes(*bad)
 
 
 def test_ties_go_to_even(level):
     x = np.array([[127, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -127]], np.float32)
-    codes, scales = quantize(x)
-    assert scales[0] == 1
-    assert (codes.astype(int) - 128).tolist() == [127, 0, 2, 2, 0, -2, -2, -127]
+    codes, scales, zeros = quantize(x, "lanes")
+    assert (scales[0], zeros[0]) == (1, 128)
+    assert (codes.reshape(2, 16, 4)[:, 0].astype(int) - 128).tolist() == [[127, 0, 2, 2], [0, -2, -2, -127]]
+    for low, high in ((-127, 128), (-100, 155), (0, 255), (-255, 0)):
+        codes, scales, zeros = quantize(np.array([[high, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, low]], np.float32).clip(low, high))
+        assert (scales[0], zeros[0]) == (1, -low)
+        assert (codes.astype(int) + low).tolist() == np.clip([high, 0, 2, 2, 0, -2, -2, low], low, high).tolist()
     stored, scale = np.empty((1, 8), np.int8), np.empty(1, np.float32)
     _core.quantize_weight(x, stored, scale)
     assert stored.tolist() == [[127, 0, 2, 2, 0, -2, -2, -127]]
@@ -62,17 +70,34 @@ def test_ties_go_to_even(level):
 @pytest.mark.parametrize("largest", [1e-45, 1e-38, 2.0**-120])
 def test_rows_too_small_for_a_scale_are_zero(level, largest):
     x = np.array([[largest, 0, -largest / 2]], np.float32)
-    codes, scales = quantize(x)
+    codes, scales, zeros = quantize(x)
     assert (codes == 128).all()
-    assert scales[0] == 1
+    assert (scales[0], zeros[0]) == (1, 128)
 
 
 @pytest.mark.parametrize("largest", [2.0**-119, 1e-20, 3.4e38])
 def test_extreme_rows_keep_their_largest_value(level, largest):
     x = np.array([[largest, -largest, 0]], np.float32)
-    codes, scales = quantize(x)
-    assert codes.tolist() == [255, 1, 128, 128]
+    codes, scales, zeros = quantize(x, "lanes")
+    assert codes[:4].tolist() == [255, 1, 128, 128]
     assert np.isclose(scales[0] * 127, largest, rtol=1e-6)
+    codes, scales, zeros = quantize(x)
+    assert zeros.tolist() == [128]
+    assert codes.tolist() == [255, 0, 128, 128]  # 127.5 goes to 128, and is clipped
+    assert np.isclose(scales[0] * 127.5, largest, rtol=1e-6)
+
+
+def test_zero_is_exact_and_rows_of_one_sign_have_every_code(level):
+    x = np.random.default_rng(6).uniform(0.5, 1.0, (14, 40)).astype(np.float32)
+    x[:, 7] = 0
+    x[1::2] *= -1
+    codes, scales, zeros = quantize(x)
+    assert zeros.tolist() == [0, 255] * 7
+    codes = np.concatenate([group.reshape(10, -1, 4).transpose(1, 0, 2).reshape(-1, 40) for group in np.split(codes, [480])])
+    assert (codes[:, 7] == zeros).all()
+    back = (codes.astype(int) - zeros[:, None]) * scales[:, None].astype(float)
+    assert (np.abs(back - x) <= scales[:, None] * 0.5001).all()
+    assert np.allclose(scales * 255, np.abs(x).max(1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -104,14 +129,14 @@ def test_the_deepest_sum_is_exact(level):
     x = np.ones((2, MAX_K), np.float32)
     x[1] = -1
     packed = _core.pack_int8(weight(np.full((2, MAX_K), 127)))
-    out = linear(x, packed, np.full(2, 127, np.float32))  # the scales multiply to 1
-    assert out.tolist() == [[np.float32(127 * 127 * MAX_K)] * 2, [np.float32(-127 * 127 * MAX_K)] * 2]
+    out = linear(x, packed, np.full(2, 255, np.float32))  # the scales multiply to 1
+    assert out.tolist() == [[np.float32(127 * 255 * MAX_K)] * 2, [np.float32(-127 * 255 * MAX_K)] * 2]
 
 
 def test_a_foreign_minus_128_is_exact(level):
     packed = _core.pack_int8(weight(np.full((3, 11), -128)))
     x = np.tile(np.array([[1], [-1]], np.float32), (1, 11))
-    assert linear(x, packed, np.full(3, 127, np.float32)).tolist() == [[-127.0 * 128 * 11] * 3, [127.0 * 128 * 11] * 3]
+    assert linear(x, packed, np.full(3, 255, np.float32)).tolist() == [[-255.0 * 128 * 11] * 3, [255.0 * 128 * 11] * 3]
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "tanh"])
@@ -130,10 +155,10 @@ def test_a_program_reads_scales_at_every_run(level):
         np.ones(2, np.float32),
         np.empty((1, 2), np.float32),
     )
-    codes, scales = np.empty(8, np.uint8), np.empty(1, np.float32)
+    codes, scales, zeros = np.empty(8, np.uint8), np.empty(1, np.float32), np.empty(1, np.int32)
     program = _core.Program()
-    _core.quantize_activations(program, x, False, "tile", codes, scales)
-    _core.linear_int8(program, codes, scales, 1, packed, weight_scale, out, None, None, None)
+    _core.quantize_activations(program, x, False, "tile", codes, scales, zeros)
+    _core.linear_int8(program, codes, scales, zeros, 1, packed, weight_scale, out, None, None, None)
     program.run()
     first = out.copy()
     x[:] *= 2
@@ -164,7 +189,7 @@ def test_pack_refuses_what_it_cannot_pack():
         _core.pack_int8(blocks)
     with pytest.raises(TypeError):
         _core.pack_int8(None)
-    with pytest.raises(ValueError, match="at most 133143 terms"):
+    with pytest.raises(ValueError, match="at most 66311 terms"):
         _core.pack_int8(weight(np.zeros((1, MAX_K + 1), np.int8)))
 
 
@@ -180,7 +205,8 @@ def test_packed_shape_and_size():
 
 def good_linear():
     return {
-        "codes": np.full(3 * 8, 128, np.uint8), "scales": np.ones(3, np.float32), "m": 3,
+        "codes": np.full(3 * 8, 128, np.uint8), "scales": np.ones(3, np.float32),
+        "zeros": np.full(3, 128, np.int32), "m": 3,
         "weight": _core.pack_int8(weight(np.ones((4, 7)))), "weight_scale": np.ones(4, np.float32),
         "out": np.empty((3, 4), np.float32), "bias": None, "activation": None, "residual": None,
     }  # fmt: skip
@@ -194,6 +220,9 @@ def good_linear():
         ({"codes": None}, TypeError),
         ({"scales": np.ones(4, np.float32)}, ValueError),
         ({"scales": np.ones(3)}, TypeError),
+        ({"zeros": np.ones(4, np.int32)}, ValueError),
+        ({"zeros": np.ones(3, np.float32)}, TypeError),
+        ({"zeros": None}, TypeError),
         ({"m": 2}, ValueError),
         ({"m": -1}, ValueError),
         ({"weight": None}, TypeError),
@@ -223,20 +252,23 @@ def test_outputs_must_be_writable():
 
 
 @pytest.mark.parametrize(
-    ("x", "lanes", "layout", "codes", "scales", "error"),
+    ("x", "lanes", "layout", "codes", "scales", "zeros", "error"),
     [
-        (np.ones((3, 7)), False, "tile", 24, 3, TypeError),
-        (np.ones(21, np.float32), False, "tile", 24, 3, ValueError),
-        (np.ones((3, 7), np.float32), True, "tile", 24, 3, ValueError),
-        (np.ones((3, 7), np.float32), False, "lanes", 24, 3, ValueError),
-        (np.ones((3, 7), np.float32), False, "tile", 24, 4, ValueError),
-        (np.ones((3, 7), np.float32), False, "rows", 24, 3, ValueError),
-        (None, False, "tile", 24, 3, TypeError),
+        (np.ones((3, 7)), False, "tile", 24, 3, 3, TypeError),
+        (np.ones(21, np.float32), False, "tile", 24, 3, 3, ValueError),
+        (np.ones((3, 7), np.float32), True, "tile", 24, 3, 3, ValueError),
+        (np.ones((3, 7), np.float32), False, "lanes", 24, 3, 3, ValueError),
+        (np.ones((3, 7), np.float32), False, "tile", 24, 4, 3, ValueError),
+        (np.ones((3, 7), np.float32), False, "tile", 24, 3, 4, ValueError),
+        (np.ones((3, 7), np.float32), False, "tile", 24, 3, None, ValueError),
+        (np.ones((3, 7), np.float32), False, "rows", 24, 3, 3, ValueError),
+        (None, False, "tile", 24, 3, 3, TypeError),
     ],
 )
-def test_quantize_activations_refuses(x, lanes, layout, codes, scales, error):
+def test_quantize_activations_refuses(x, lanes, layout, codes, scales, zeros, error):
+    panels = np.empty(codes, np.uint8), np.empty(scales, np.float32), None if zeros is None else np.empty(zeros, np.int32)
     with pytest.raises(error):
-        _core.quantize_activations(_core.Program(), x, lanes, layout, np.empty(codes, np.uint8), np.empty(scales, np.float32))
+        _core.quantize_activations(_core.Program(), x, lanes, layout, *panels)
 
 
 @pytest.mark.parametrize("offsets", [[0, 2], [1, 3], [0, 2, 1, 3], [0, 4, 3], []])
@@ -259,11 +291,11 @@ def test_a_nan_in_any_block_of_a_row_counts(level):
 
 def static_linear(x, stored, weight_scale, scale, zero_point, threads=1):
     codes, scales = np.empty(_core.codes_nbytes(*x.shape, "tile"), np.uint8), np.empty(len(x), np.float32)
-    out = np.empty((len(x), len(stored)), np.float32)
+    zeros, out = np.empty(len(x), np.int32), np.empty((len(x), len(stored)), np.float32)
     program = _core.Program()
-    _core.quantize_activations(program, x, False, "tile", codes, scales, scale, zero_point)
+    _core.quantize_activations(program, x, False, "tile", codes, scales, zeros, scale, zero_point)
     packed = _core.pack_int8(weight(stored, weight_scale))
-    _core.linear_int8(program, codes, scales, len(x), packed, weight_scale, out, None, None, None, zero_point)
+    _core.linear_int8(program, codes, scales, zeros, len(x), packed, weight_scale, out, None, None, None)
     program.run(threads)
     return out
 
@@ -284,13 +316,9 @@ def test_a_product_with_a_zero_point_is_exact(level, zero_point):
 
 def test_static_scales_are_refused_out_of_range():
     x, codes, scales = np.ones((4, 8), np.float32), np.empty(32, np.uint8), np.empty(4, np.float32)
+    zeros = np.empty(4, np.int32)
     for bad in ((0.0, 128), (float("nan"), 128), (-1.0, 3), (1e38, 3), (1.0, -1), (1.0, 256)):
         with pytest.raises(ValueError, match="static"):
-            _core.quantize_activations(_core.Program(), x, False, "tile", codes, scales, *bad)
+            _core.quantize_activations(_core.Program(), x, False, "tile", codes, scales, zeros, *bad)
     with pytest.raises(ValueError, match="tile"):
-        _core.quantize_activations(_core.Program(), x, False, "lanes", np.empty(128, np.uint8), scales, 1.0, 3)
-    m, k = 1, 66312
-    with pytest.raises(ValueError, match="terms"):
-        _core.quantize_activations(
-            _core.Program(), np.ones((m, k), np.float32), False, "tile", np.empty(k, np.uint8), scales[:1], 1.0, 3
-        )
+        _core.quantize_activations(_core.Program(), x, False, "lanes", np.empty(128, np.uint8), scales, zeros, 1.0, 3)

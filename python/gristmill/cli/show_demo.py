@@ -11,7 +11,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     epochs: Annotated[int, typer.Option(min=1, help="Of training.")] = 20,
 ) -> None:
-    """Train on handwritten digits, compress, adapt and serve: all four stages, measured as they run."""
+    """Train on handwritten digits, compress, adapt, serve, and embed sentences: all stages, measured as they run."""
     from gristmill.cli.demo import demo as run_demo
 
     run_demo(json=json, seed=seed, epochs=epochs)

@@ -117,8 +117,19 @@ def bind_dense(node: Node, binder: Binder) -> bool:
     source = binder.weight(weight) if in_place else binder.packed(weight, pack)
     n, k = binder.tensor(weight).shape
     scratch = binder.scratch(_core.linear_scratch(x.shape[0], n, k, binder.threads))
-    binder.step(kernel, x, source, out, *epilogue(node, binder, residual), scratch)
+    panels = operand_panels(binder, weight, x.shape[0], k, n, bf16) if in_place else None
+    binder.step(kernel, x, source, out, *epilogue(node, binder, residual), scratch, panels)
     return True
+
+
+PACKED_FROM = 256  # results along the other side that make a run's own packing of an operand worth its time
+
+
+def operand_panels(binder: Binder, weight: str, others: int, depth: int, cols: int, bf16: bool) -> Any:
+    """Return where a product packs its second operand [depth, cols] at every run, or None where it reads it in place."""
+    if binder.in_place or others < PACKED_FROM or not is_float_in_memory(weight, binder):
+        return None
+    return binder.scratch(_core.panels_nbytes(depth, cols, bf16))
 
 
 def multiplies_bf16(weight: str, binder: Binder) -> bool:
@@ -135,13 +146,11 @@ def is_float_in_memory(weight: str, binder: Binder) -> bool:
 
 
 def bind_quantized(node: Node, binder: Binder) -> bool:
-    static = static_scale(node)
-    codes, scales, m = binder.codes(node.inputs[0], "tile", static)
+    codes, scales, zeros, m = binder.codes(node.inputs[0], "tile", static_scale(node))
     _, residual, out = matrices(node, binder, "rows")
     packed = binder.packed(node.inputs[1], _core.pack_int8)
     weight_scale = binder.scale(node.inputs[1])
-    zero_point = 128 if static is None else static[1]
-    binder.step(_core.linear_int8, codes, scales, m, packed, weight_scale, out, *epilogue(node, binder, residual), zero_point)
+    binder.step(_core.linear_int8, codes, scales, zeros, m, packed, weight_scale, out, *epilogue(node, binder, residual))
     return True
 
 
@@ -152,7 +161,7 @@ def bind_sparse(node: Node, binder: Binder) -> bool:
     if tensor.block not in BLOCKS[tensor.values.dtype.name]:
         return False
     if tensor.scale is not None:
-        codes, scales, m = binder.codes(node.inputs[0], "lanes")
+        codes, scales, _, m = binder.codes(node.inputs[0], "lanes")
         _, residual, out = matrices(node, binder, "lanes")
         packed = binder.packed(weight, _core.pack_sparse)
         weight_scale = binder.scale(weight)
@@ -230,7 +239,8 @@ class LinearGradInput(Op):
         weight = node.inputs[1]
         bf16 = multiplies_bf16(weight, binder) and is_float_in_memory(weight, binder)
         kernel = _core.linear_grad_input_bf16 if bf16 else _core.linear_grad_input
-        binder.step(kernel, dy, binder.weight(weight), dx, scratch)
+        panels = operand_panels(binder, weight, dy.shape[0], n, k, bf16)
+        binder.step(kernel, dy, binder.weight(weight), dx, scratch, panels)
         return True
 
 
@@ -271,7 +281,8 @@ class LinearGradWeight(Op):
         weight = node.inputs[2]
         bf16 = multiplies_bf16(weight, binder) and is_float_in_memory(weight, binder)
         kernel = _core.linear_grad_weight_bf16 if bf16 else _core.linear_grad_weight
-        binder.step(kernel, dy, x, binder.weight(weight), grad, scratch)
+        panels = operand_panels(binder, weight, min(n, dy.shape[0]), dy.shape[0], k, bf16)
+        binder.step(kernel, dy, x, binder.weight(weight), grad, scratch, panels)
         if is_int8(tensor):  # the kernel gives the gradient of the scales; a gain multiplies them
             binder.step(_core.multiply, grad, tensor.scale, grad)  # type: ignore[union-attr]
         return True

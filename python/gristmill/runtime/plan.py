@@ -125,7 +125,7 @@ class Layout:
         self.precision, self.low_precision = options.precision, options.low_precision
         self.steps: list[Step] = []
         self.scales: dict[str, Buffer] = {}
-        self.panels: dict[tuple[str, str, tuple[float, int] | None], tuple[Buffer, Buffer]] = {}
+        self.panels: dict[tuple[str, str, tuple[float, int] | None], tuple[Buffer, Buffer, Buffer | None]] = {}
         self.inputs = {name: self._fresh(name, "rows") for name in model.inputs}
         self.forms: dict[str, dict[str, Buffer]] = {name: {"rows": buffer} for name, buffer in self.inputs.items()}
         for node in model.nodes:
@@ -162,8 +162,9 @@ class Layout:
         layout = next(iter(self.forms.get(name, {})), "rows")
         return (self.lanes(name) if layout == "lanes" else self.rows(name)), layout
 
-    def codes(self, name: str, layout: str, static: tuple[float, int] | None = None) -> tuple[Buffer, Buffer, int]:
-        """A value quantised into a panel, per row or with a static scale and zero point: codes, scales and the number of rows.
+    def codes(self, name: str, layout: str, static: tuple[float, int] | None = None) -> tuple[Buffer, Buffer, Buffer | None, int]:
+        """A value quantised into a panel, per row or with a static scale and zero point: codes, scales, zero points (none in
+        layout "lanes", which is symmetric) and the number of rows.
 
         Made once and shared.
         """
@@ -173,8 +174,9 @@ class Layout:
             x, form = self.stored(name)
             x = x if form == "lanes" else x.reshape(m, k)
             codes, scales = self.scratch(_core.codes_nbytes(m, k, layout)), Buffer((m,), np.float32)
-            self.step(_core.quantize_activations, x, form == "lanes", layout, codes, scales, *(static or ()))
-            self.panels[key] = (codes, scales)
+            zeros = Buffer((m,), np.int32) if layout == "tile" else None
+            self.step(_core.quantize_activations, x, form == "lanes", layout, codes, scales, zeros, *(static or ()))
+            self.panels[key] = (codes, scales, zeros)
         return (*self.panels[key], m)
 
     def output(self, name: str, layout: str = "rows") -> Buffer:

@@ -95,6 +95,16 @@ typedef struct fc_pack_dense_args {
 void fc_pack_dense(const void *args, int rank, int size);
 void fc_pack_bf16(const void *args, int rank, int size);
 
+/* Pack a matrix [depth, cols], float32 in C order, as the second operand of a product over `depth`: `out` takes what
+ * fc_dense_packed_size(cols, depth) or fc_bf16_packed_size(cols, depth) says. */
+typedef struct fc_pack_operand_args {
+    int64_t depth, cols;
+    int bf16;
+    const float *values;
+    float *out;
+} fc_pack_operand_args;
+void fc_pack_operand(const void *args, int rank, int size);
+
 /* out[m, n] = activation(x[m, k] w[n, k]^T + bias[n]) + residual[m, n]. `packed` is NULL where the weight is read in place. In
  * bf16 a weight in place must be FC_DENSE_F32, in the gradients too. */
 typedef struct fc_linear_args {
@@ -114,7 +124,8 @@ void fc_linear(const void *args, int rank, int size);
 typedef struct fc_linear_grad_args {
     int64_t m;
     int bf16;
-    const float *dy, *x; /* x: fc_linear_grad_weight only */
+    const float *dy, *x;  /* x: fc_linear_grad_weight only */
+    const float *packed; /* the weight, or x, by fc_pack_operand; NULL where it is read in place */
     fc_weight weight;
     float *to;
     void *scratch;

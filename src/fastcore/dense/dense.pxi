@@ -5,6 +5,11 @@ cdef extern from "dense/dense.h" nogil:
     ctypedef struct fc_pack_dense_args:
         fc_weight weight
         float *out
+    ctypedef struct fc_pack_operand_args:
+        int64_t depth, cols
+        int bf16
+        const float *values
+        float *out
     ctypedef struct fc_linear_args:
         int64_t m, n, k
         int bf16
@@ -22,6 +27,7 @@ cdef extern from "dense/dense.h" nogil:
         int bf16
         const float *dy
         const float *x
+        const float *packed
         fc_weight weight
         float *to
         void *scratch
@@ -32,6 +38,7 @@ cdef extern from "dense/dense.h" nogil:
     int64_t fc_linear_scratch(int64_t m, int64_t n, int64_t k, int threads)
     void fc_pack_dense(const void *args, int rank, int size) noexcept
     void fc_pack_bf16(const void *args, int rank, int size) noexcept
+    void fc_pack_operand(const void *args, int rank, int size) noexcept
     void fc_linear(const void *args, int rank, int size) noexcept
     void fc_linear_grad_input(const void *args, int rank, int size) noexcept
     void fc_linear_grad_weight(const void *args, int rank, int size) noexcept
@@ -129,9 +136,46 @@ cdef int must_be_float(Weight weight) except -1:
     return 0
 
 
+def panels_nbytes(int64_t depth, int64_t cols, bint bf16):
+    """Return the bytes of the `panels` of a product whose second operand is [depth, cols]."""
+    if min(depth, cols) < 0:
+        raise ValueError(f"sizes must not be negative, got {depth} and {cols}")
+    return (fc_bf16_packed_size(cols, depth) if bf16 else fc_dense_packed_size(cols, depth)) * sizeof(float)
+
+
+cdef float *panels_pointer(object panels, int64_t depth, int64_t cols, bint bf16, object operand, object out) except? NULL:
+    """Return where to pack an operand, after checks."""
+    cdef float *to = <float *>pointer(panels, "panels", "B", (None,), True)
+    cdef int64_t have = memoryview(panels).nbytes, need = panels_nbytes(depth, cols, bf16)
+    if have < need:
+        raise ValueError(f"panels: {have} bytes given, {need} needed; see panels_nbytes")
+    refuse_overlap(panels, operand, "panels and what is packed there")
+    refuse_overlap(panels, out, "panels and the result")
+    return to
+
+
+cdef const float *add_operand(Program program, object panels, int64_t depth, int64_t cols, bint bf16, object operand,
+                              object out) except? NULL:
+    """Append the packing of [depth, cols] for the step that follows."""
+    cdef fc_pack_operand_args args
+    args.depth, args.cols, args.bf16 = depth, cols, bf16
+    args.values = <const float *>pointer(operand, "operand", "f", (depth, cols))
+    args.out = panels_pointer(panels, depth, cols, bf16, operand, out)
+    program.add(fc_pack_operand, &args, sizeof(args), (operand, panels))
+    return args.out
+
+
+cdef object dense_values(Weight weight):
+    """The array of a weight whose panels are made at every run."""
+    if weight.view.kind != FC_DENSE_F32:
+        raise TypeError("panels: only dense float32 weights are packed at every run")
+    return weight.held[0]
+
+
 cdef int add_linear(
-    Program program, x, weight, out, bias, activation, residual, scratch, bint bf16
+    Program program, x, weight, out, bias, activation, residual, scratch, panels, bint bf16
 ) except -1:
+    cdef fc_pack_dense_args pack
     cdef fc_linear_args args
     memset(&args, 0, sizeof(args))
     args.bf16 = bf16
@@ -158,20 +202,27 @@ cdef int add_linear(
     args.scratch_bytes = scratch_size(scratch, args.m, args.n, args.k)
     refuse_overlap(out, x, "out and x")
     refuse_overlap(out, residual, "out and residual")
+    if panels is not None:
+        if isinstance(weight, PackedDense):
+            raise TypeError("panels: the weight is packed already")
+        pack.weight = args.weight
+        pack.out = panels_pointer(panels, args.k, args.n, bf16, dense_values(weight), out)
+        program.add(fc_pack_bf16 if bf16 else fc_pack_dense, &pack, sizeof(pack), (weight, panels))
+        args.packed = pack.out
     return program.add(fc_linear, &args, sizeof(args), (x, weight, out, bias, residual, scratch))
 
 
-def linear(Program program not None, x, weight, out, bias, activation, residual, scratch):
+def linear(Program program not None, x, weight, out, bias, activation, residual, scratch, panels=None):
     """Append out[M,N] = activation(x[M,K] @ weight[N,K].T + bias[N]) + residual[M,N]."""
-    add_linear(program, x, weight, out, bias, activation, residual, scratch, False)
+    add_linear(program, x, weight, out, bias, activation, residual, scratch, panels, False)
 
 
-def linear_bf16(Program program not None, x, weight, out, bias, activation, residual, scratch):
+def linear_bf16(Program program not None, x, weight, out, bias, activation, residual, scratch, panels=None):
     """Append the same with x and the weight rounded to bf16, half to even; sums, and what is added to them, stay float32."""
-    add_linear(program, x, weight, out, bias, activation, residual, scratch, True)
+    add_linear(program, x, weight, out, bias, activation, residual, scratch, panels, True)
 
 
-cdef int add_grad_input(Program program, dy, Weight weight, dx, scratch, bint bf16) except -1:
+cdef int add_grad_input(Program program, dy, Weight weight, dx, scratch, panels, bint bf16) except -1:
     cdef fc_linear_grad_args args
     memset(&args, 0, sizeof(args))
     args.bf16, args.weight = bf16, weight.view
@@ -183,17 +234,19 @@ cdef int add_grad_input(Program program, dy, Weight weight, dx, scratch, bint bf
     args.scratch = pointer(scratch, "scratch", "B", (None,), True)
     args.scratch_bytes = scratch_size(scratch, args.m, args.weight.n, args.weight.k)
     refuse_overlap(dx, dy, "dx and dy")
+    if panels is not None:
+        args.packed = add_operand(program, panels, args.weight.n, args.weight.k, bf16, dense_values(weight), dx)
     return program.add(fc_linear_grad_input, &args, sizeof(args), (dy, weight, dx, scratch))
 
 
-def linear_grad_input(Program program not None, dy, Weight weight not None, dx, scratch):
+def linear_grad_input(Program program not None, dy, Weight weight not None, dx, scratch, panels=None):
     """Append dx[M,K] = dy[M,N] @ weight[N,K]."""
-    add_grad_input(program, dy, weight, dx, scratch, False)
+    add_grad_input(program, dy, weight, dx, scratch, panels, False)
 
 
-def linear_grad_input_bf16(Program program not None, dy, Weight weight not None, dx, scratch):
+def linear_grad_input_bf16(Program program not None, dy, Weight weight not None, dx, scratch, panels=None):
     """Append the same with both operands rounded to bf16; the weight is dense float32."""
-    add_grad_input(program, dy, weight, dx, scratch, True)
+    add_grad_input(program, dy, weight, dx, scratch, panels, True)
 
 
 cdef tuple grad_shape(Weight weight):
@@ -204,7 +257,7 @@ cdef tuple grad_shape(Weight weight):
     return weight.shape if weight.view.kind == FC_DENSE_F32 else tuple(memoryview(weight.held[0]).shape)
 
 
-cdef int add_grad_weight(Program program, dy, x, Weight weight, grad, scratch, bint bf16) except -1:
+cdef int add_grad_weight(Program program, dy, x, Weight weight, grad, scratch, panels, bint bf16) except -1:
     cdef fc_linear_grad_args args
     memset(&args, 0, sizeof(args))
     args.bf16, args.weight = bf16, weight.view
@@ -218,14 +271,16 @@ cdef int add_grad_weight(Program program, dy, x, Weight weight, grad, scratch, b
     args.scratch_bytes = scratch_size(scratch, args.m, args.weight.n, args.weight.k)
     refuse_overlap(grad, dy, "grad and dy")
     refuse_overlap(grad, x, "grad and x")
+    if panels is not None:
+        args.packed = add_operand(program, panels, args.m, args.weight.k, bf16, x, grad)
     return program.add(fc_linear_grad_weight, &args, sizeof(args), (dy, x, weight, grad, scratch))
 
 
-def linear_grad_weight(Program program not None, dy, x, Weight weight not None, grad, scratch):
+def linear_grad_weight(Program program not None, dy, x, Weight weight not None, grad, scratch, panels=None):
     """Append dW = dy[M,N].T @ x[M,K] in the form that `weight` trains in."""
-    add_grad_weight(program, dy, x, weight, grad, scratch, False)
+    add_grad_weight(program, dy, x, weight, grad, scratch, panels, False)
 
 
-def linear_grad_weight_bf16(Program program not None, dy, x, Weight weight not None, grad, scratch):
+def linear_grad_weight_bf16(Program program not None, dy, x, Weight weight not None, grad, scratch, panels=None):
     """Append the same with dy and x rounded to bf16; the weight is dense float32."""
-    add_grad_weight(program, dy, x, weight, grad, scratch, True)
+    add_grad_weight(program, dy, x, weight, grad, scratch, panels, True)

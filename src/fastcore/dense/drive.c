@@ -110,6 +110,12 @@ typedef struct block {
 static int64_t panel_count(int64_t rows) { return pieces(rows, fc_kernels.gemm_rows); }
 static int64_t panel_row(int64_t rows, int64_t panel) { return rows * panel / panel_count(rows); }
 
+/* Where a panel begins: at a multiple of its width, or, where it has none, such that all are of even height. */
+static int64_t panel_edge(int64_t cols, int64_t count, int64_t height, int64_t width, int64_t panel) {
+    if (!width) return count ? cols * panel / count : 0;
+    return smaller(cols, panel * height);
+}
+
 /* `words` words from word `word` on of up to `rows` rows of a matrix of `values` columns: out[d * width + i]. */
 static void pack_rows(const product *p, const float *in, int64_t stride, int64_t rows, int64_t word, int64_t words, float *out,
                       int64_t width) {
@@ -143,15 +149,48 @@ static void pack_columns(const product *p, const float *in, int64_t stride, int6
     }
 }
 
+/* Words [from, to) of a matrix of `values` rows as panels of columns; panel q has columns [edge(q), edge(q + 1)), `width` of them
+ * in its place (0: as many as it has), and begins at out + edge(q) * depth. A few words of many columns at a time: whole cache
+ * lines in, and what is converted stays in L1. */
+static void pack_panels(const product *p, const float *in, int64_t stride, int64_t cols, int64_t height, int64_t width,
+                        int64_t from, int64_t to, int64_t depth, int64_t word, float *out) {
+    enum { WORDS = 16, GROUP = 192 };
+    uint32_t piece[WORDS * GROUP];
+    const int64_t count = pieces(cols, height), group = larger(1, GROUP / height);
+    for (int64_t q = 0; q < count; q += group) {
+        const int64_t last = smaller(q + group, count), left = panel_edge(cols, count, height, width, q),
+                      right = panel_edge(cols, count, height, width, last);
+        for (int64_t d = from; d < to; d += WORDS) {
+            const int64_t words = smaller(WORDS, to - d);
+            const float *rows = in + (word + d) * stride + left;
+            int64_t step = stride;
+            if (p->bf16) {
+                for (int64_t i = 0; i < words; i++) {
+                    const int64_t value = 2 * (word + d + i);
+                    const float *first = in + value * stride + left;
+                    fc_kernels.pair_f32_bf16(first, value + 1 < p->values ? first + stride : NULL, right - left, piece + i * GROUP);
+                }
+                rows = (const float *)piece;
+                step = GROUP;
+            }
+            for (int64_t r = q; r < last; r++) {
+                const int64_t begin = panel_edge(cols, count, height, width, r),
+                              have = panel_edge(cols, count, height, width, r + 1) - begin, place = width ? width : have;
+                fc_kernels.pack_columns_f32(rows + begin - left, step, have, words, out + begin * depth + d * place, place);
+            }
+        }
+    }
+}
+
 /* Panels of even height rather than full ones and a rest: a tile of two rows is bound by loads. */
 static void pack_block(const product *p, block at, float *out) {
+    if (p->a_by_depth) {
+        pack_panels(p, p->a + at.row, p->a_stride, at.rows, fc_kernels.gemm_rows, 0, 0, at.depths, at.depths, at.depth, out);
+        return;
+    }
     for (int64_t q = 0; q < panel_count(at.rows); q++) {
         const int64_t first = panel_row(at.rows, q), rows = panel_row(at.rows, q + 1) - first, i = at.row + first;
-        float *to = out + first * at.depths;
-        if (p->a_by_depth)
-            pack_columns(p, p->a + i, p->a_stride, rows, at.depth, at.depths, to, rows);
-        else
-            pack_rows(p, p->a + i * p->a_stride, p->a_stride, rows, at.depth, at.depths, to, rows);
+        pack_rows(p, p->a + i * p->a_stride, p->a_stride, rows, at.depth, at.depths, out + first * at.depths, rows);
     }
 }
 
@@ -305,6 +344,7 @@ void fc_linear_grad_input(const void *args, int rank, int size) {
                        .values = w->n,
                        .a = g->dy,
                        .a_stride = w->n,
+                       .packed = g->packed,
                        .weight = w,
                        .b_by_depth = 1,
                        .c = g->to,
@@ -347,6 +387,7 @@ void fc_linear_grad_weight(const void *args, int rank, int size) {
                  .a = g->dy,
                  .a_stride = w->n,
                  .a_by_depth = 1,
+                 .packed = g->packed,
                  .weight = &x,
                  .b_by_depth = 1,
                  .c = g->to,
@@ -406,5 +447,14 @@ static void pack_weight(const fc_pack_dense_args *a, int bf16, int rank, int siz
 
 void fc_pack_dense(const void *args, int rank, int size) { pack_weight(args, 0, rank, size); }
 void fc_pack_bf16(const void *args, int rank, int size) { pack_weight(args, 1, rank, size); }
+
+void fc_pack_operand(const void *args, int rank, int size) {
+    const fc_pack_operand_args *o = args;
+    const product p = {.bf16 = o->bf16, .values = o->depth};
+    const int64_t width = fc_kernels.gemm_cols, depth = words(o->depth, o->bf16);
+    int64_t begin, end;
+    fc_partition(depth, 16, rank, size, &begin, &end);
+    pack_panels(&p, o->values, o->cols, o->cols, width, width, begin, end, depth, 0, o->out);
+}
 
 int fc_has_bf16(void) { return strcmp(fc_kernels.variant.gemm_bf16, "scalar") != 0; }

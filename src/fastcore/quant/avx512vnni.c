@@ -4,7 +4,7 @@
  * packed codes, 24 vpdpbusd (u8 codes x s8 weights), which bind: 14 loads hide beside them. Tiles of few rows split k over more
  * accumulators, to cover the latency of vpdpbusd. Outer-product register blocking after Goto and van de Geijn, "Anatomy of
  * High-Performance Matrix Multiplication" (2008).
- * Quantising rows: 4 rows x 64 columns at a time; signed packs bring four columns into a dword, then dwords are transposed 4 x 4
+ * Quantising rows: 4 rows x 64 columns at a time; packs bring four columns into a dword, then dwords are transposed 4 x 4
  * within 128-bit lanes, each of which is stored as one row of the panel.
  */
 #include "../fastcore.h"
@@ -19,35 +19,43 @@ FC_INLINE __mmask16 first_lanes(int64_t count) {
     return count >= LANES ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1);
 }
 
-/* ---- largest magnitudes: as integers, so that infinity and NaN come out on top ---- */
+/* ---- ranges: on the bits, so that infinity and NaN come out on top ---- */
 
-FC_INLINE __m512i max_magnitude(__m512i max, __m512 x) {
-    return _mm512_max_epu32(max, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
-}
+typedef struct range {
+    __m512i low, high;
+} range;
 
-static float max_abs_f32_avx512vnni(const float *x, int64_t n) {
-    __m512i max[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
+FC_INLINE range no_range(void) { return (range){_mm512_set1_epi32(INT32_MIN), _mm512_setzero_si512()}; }
+
+FC_INLINE range join(range a, range b) { return (range){_mm512_max_epu32(a.low, b.low), _mm512_max_epi32(a.high, b.high)}; }
+
+FC_INLINE range widen(range r, __m512 x) { return join(r, (range){_mm512_castps_si512(x), _mm512_castps_si512(x)}); }
+
+static void range_f32_avx512vnni(const float *x, int64_t n, float *low, float *high) {
+    range r[4] = {no_range(), no_range(), no_range(), no_range()};
     int64_t i = 0;
     for (; i + 4 * LANES <= n; i += 4 * LANES)
-        for (int j = 0; j < 4; j++) max[j] = max_magnitude(max[j], _mm512_loadu_ps(x + i + j * LANES));
-    for (; i < n; i += LANES) max[0] = max_magnitude(max[0], _mm512_maskz_loadu_ps(first_lanes(n - i), x + i));
-    const __m512i all = _mm512_max_epu32(_mm512_max_epu32(max[0], max[1]), _mm512_max_epu32(max[2], max[3]));
-    const uint32_t bits = _mm512_reduce_max_epu32(all);
-    float result;
-    memcpy(&result, &bits, 4);
-    return result;
+        for (int j = 0; j < 4; j++) r[j] = widen(r[j], _mm512_loadu_ps(x + i + j * LANES));
+    for (; i < n; i += LANES) r[0] = widen(r[0], _mm512_maskz_loadu_ps(first_lanes(n - i), x + i));
+    const range all = join(join(r[0], r[1]), join(r[2], r[3]));
+    const uint32_t least = _mm512_reduce_max_epu32(all.low);
+    const int32_t most = _mm512_reduce_max_epi32(all.high);
+    memcpy(low, &least, 4);
+    memcpy(high, &most, 4);
 }
 
 /* Four vectors of columns side by side: whole pages of x are streamed, and four chains cover the latency. */
-static void max_abs_lanes_f32_avx512vnni(const float *x, int64_t stride, int64_t columns, int64_t k, float *result) {
+static void range_lanes_f32_avx512vnni(const float *x, int64_t stride, int64_t columns, int64_t k, float *low, float *high) {
     for (int64_t c = 0; c < columns; c += 4 * LANES) {
-        __m512i max[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
+        range r[4] = {no_range(), no_range(), no_range(), no_range()};
         __mmask16 live[4];
         for (int j = 0; j < 4; j++) live[j] = first_lanes(columns - c - j * LANES);
         for (int64_t i = 0; i < k; i++)
-            for (int j = 0; j < 4; j++)
-                max[j] = max_magnitude(max[j], _mm512_maskz_loadu_ps(live[j], x + i * stride + c + j * LANES));
-        for (int j = 0; j < 4; j++) _mm512_mask_storeu_ps(result + c + j * LANES, live[j], _mm512_castsi512_ps(max[j]));
+            for (int j = 0; j < 4; j++) r[j] = widen(r[j], _mm512_maskz_loadu_ps(live[j], x + i * stride + c + j * LANES));
+        for (int j = 0; j < 4; j++) {
+            _mm512_mask_storeu_ps(low + c + j * LANES, live[j], _mm512_castsi512_ps(r[j].low));
+            _mm512_mask_storeu_ps(high + c + j * LANES, live[j], _mm512_castsi512_ps(r[j].high));
+        }
     }
 }
 
@@ -64,25 +72,24 @@ static void quantize_f32_s8_avx512vnni(const float *x, int64_t n, float scale, i
 
 FC_INLINE __m512i quantize(__m512 x, __m512 inverse) { return _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)); }
 
-/* Lane l of the result: four bytes of a, of b, of c, of d, as q + 128; what does not fit (NaN became -2^31) is 0. */
-FC_INLINE __m512i pack_bytes(__m512i a, __m512i b, __m512i c, __m512i d) {
-    const __m512i codes = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
-    return _mm512_xor_si512(codes, _mm512_set1_epi8((char)0x80));
+/* Lane l of the result: four bytes of a, of b, of c, of d, the zero point (16 bits) added. What does not fit is clipped, so that
+ * NaN, which became -2^31, is 0. */
+FC_INLINE __m512i pack_bytes(__m512i a, __m512i b, __m512i c, __m512i d, __m512i zero) {
+    const __m512i ab = _mm512_adds_epi16(_mm512_packs_epi32(a, b), zero);
+    return _mm512_packus_epi16(ab, _mm512_adds_epi16(_mm512_packs_epi32(c, d), zero));
 }
 
-/* A scale chosen beforehand, and the zero point less the 128 that pack_bytes adds. */
+/* A scale chosen beforehand. */
 typedef struct static_scale {
     __m512 scale, inverse, most;
-    __m512i offset;
 } static_scale;
 
-/* static_code of body.h, before its last clipping, which the packs do. */
+/* static_code of body.h, before the zero point and the clipping, which pack_bytes does. */
 FC_INLINE __m512i quantize_static(__m512 x, const static_scale *s) {
     x = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), x);
     x = _mm512_max_ps(_mm512_min_ps(x, s->most), _mm512_sub_ps(_mm512_setzero_ps(), s->most));
     const __m512 q = _mm512_mul_ps(x, s->inverse);
-    const __m512 quotient = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, s->scale, x), s->inverse, q);
-    return _mm512_add_epi32(_mm512_cvtps_epi32(quotient), s->offset);
+    return _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_fnmadd_ps(q, s->scale, x), s->inverse, q));
 }
 
 /* Where four rows of a panel go, and how much of them there is. */
@@ -93,14 +100,15 @@ typedef struct row_target {
 } row_target;
 
 /* Up to 64 columns of a row; dword j of lane l holds columns 16 j + 4 l. `whole` is a constant: nothing to mask. */
-FC_INLINE __m512i quantize_columns(const float *x, int64_t columns, __m512 inverse, const static_scale *fixed, const int whole) {
+FC_INLINE __m512i quantize_columns(const float *x, int64_t columns, __m512 inverse, __m512i zero, const static_scale *fixed,
+                                   const int whole) {
     __m512i q[4];
     for (int j = 0; j < 4; j++) {
         const float *at = x + j * LANES;
         const __m512 v = whole ? _mm512_loadu_ps(at) : _mm512_maskz_loadu_ps(first_lanes(columns - j * LANES), at);
         q[j] = fixed ? quantize_static(v, fixed) : quantize(v, inverse);
     }
-    return pack_bytes(q[0], q[1], q[2], q[3]);
+    return pack_bytes(q[0], q[1], q[2], q[3], zero);
 }
 
 /* Four lanes of four rows each, for the dwords first, first + 1, ... of a panel. */
@@ -117,10 +125,13 @@ FC_INLINE void store_dwords(__m512i lanes, const row_target *to, int64_t first, 
 }
 
 /* Four rows by up to 64 columns from column i on. */
-FC_INLINE void quantize_square(const float *const *row, const float *inverse, const static_scale *fixed, int64_t i, int64_t k,
-                               const row_target *to, const int whole) {
+FC_INLINE void quantize_square(const float *const *row, const float *inverse, const int32_t *zero, const static_scale *fixed,
+                               int64_t i, int64_t k, const row_target *to, const int whole) {
     __m512i q[4];
-    for (int j = 0; j < 4; j++) q[j] = quantize_columns(row[j] + i, k - i, _mm512_set1_ps(inverse[j]), fixed, whole);
+    for (int j = 0; j < 4; j++) {
+        const __m512 factor = _mm512_set1_ps(inverse[j]);
+        q[j] = quantize_columns(row[j] + i, k - i, factor, _mm512_set1_epi16((int16_t)zero[j]), fixed, whole);
+    }
     const __m512i low01 = _mm512_unpacklo_epi32(q[0], q[1]), high01 = _mm512_unpackhi_epi32(q[0], q[1]);
     const __m512i low23 = _mm512_unpacklo_epi32(q[2], q[3]), high23 = _mm512_unpackhi_epi32(q[2], q[3]);
     store_dwords(_mm512_unpacklo_epi64(low01, low23), to, i / 4, whole);
@@ -129,57 +140,63 @@ FC_INLINE void quantize_square(const float *const *row, const float *inverse, co
     store_dwords(_mm512_unpackhi_epi64(high01, high23), to, i / 4 + 12, whole);
 }
 
-/* Each row with its own factor, or all of them with one scale. */
-FC_INLINE void quantize_rows(const float *x, int64_t stride, int64_t rows, int64_t k, const float *inverse,
+/* Each row with its own factor and zero point, or all of them with one scale and zeros[0]. */
+FC_INLINE void quantize_rows(const float *x, int64_t stride, int64_t rows, int64_t k, const float *inverse, const int32_t *zeros,
                              const static_scale *fixed, uint8_t *out, int64_t out_stride) {
     for (int64_t r = 0; r < rows; r += 4) {
         const int64_t count = rows - r < 4 ? rows - r : 4;
         const row_target to = {out + r * 4, out_stride, (k + 3) / 4, (__mmask8)((1 << count) - 1)};
         const float *row[4];
         float factor[4] = {0};
+        int32_t zero[4];
         for (int j = 0; j < 4; j++) { /* a missing row repeats the first, and is not stored */
-            row[j] = x + (r + (j < count ? j : 0)) * stride;
-            if (inverse) factor[j] = inverse[r + (j < count ? j : 0)];
+            const int64_t at = r + (j < count ? j : 0);
+            row[j] = x + at * stride;
+            if (!fixed) factor[j] = inverse[at];
+            zero[j] = zeros[fixed ? 0 : at];
         }
         int64_t i = 0;
         if (count == 4)
-            for (; i + 64 <= k; i += 64) quantize_square(row, factor, fixed, i, k, &to, 1);
-        for (; i < k; i += 64) quantize_square(row, factor, fixed, i, k, &to, 0);
+            for (; i + 64 <= k; i += 64) quantize_square(row, factor, zero, fixed, i, k, &to, 1);
+        for (; i < k; i += 64) quantize_square(row, factor, zero, fixed, i, k, &to, 0);
     }
 }
 
 static void quantize_rows_f32_u8_avx512vnni(const float *x, int64_t stride, int64_t rows, int64_t k, const float *inverse,
-                                            uint8_t *out, int64_t out_stride) {
-    quantize_rows(x, stride, rows, k, inverse, NULL, out, out_stride);
+                                            const int32_t *zeros, uint8_t *out, int64_t out_stride) {
+    quantize_rows(x, stride, rows, k, inverse, zeros, NULL, out, out_stride);
 }
 
 static void quantize_static_rows_f32_u8_avx512vnni(const float *x, int64_t stride, int64_t rows, int64_t k, float scale,
                                                    int zero_point, uint8_t *out, int64_t out_stride) {
-    const static_scale fixed = {_mm512_set1_ps(scale), _mm512_set1_ps(1.0f / scale), _mm512_set1_ps(512.0f * scale),
-                                _mm512_set1_epi32(zero_point - 128)};
-    quantize_rows(x, stride, rows, k, NULL, &fixed, out, out_stride);
+    const static_scale fixed = {_mm512_set1_ps(scale), _mm512_set1_ps(1.0f / scale), _mm512_set1_ps(512.0f * scale)};
+    quantize_rows(x, stride, rows, k, NULL, &zero_point, &fixed, out, out_stride);
 }
 
-/* Sixteen lanes at four depths; depths from `depth` on are 0. */
-FC_INLINE __m512i quantize_depths(const float *x, int64_t stride, int64_t depth, __mmask16 live, __m512 inverse) {
+/* Sixteen lanes at four depths; depths from `depth` on are the zero point. */
+FC_INLINE __m512i quantize_depths(const float *x, int64_t stride, int64_t depth, __mmask16 live, __m512 inverse, __m512i zero) {
     const __m512i by_lane = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     __m512i q[4];
     for (int j = 0; j < 4; j++)
         q[j] = j < depth ? quantize(_mm512_maskz_loadu_ps(live, x + j * stride), inverse) : _mm512_setzero_si512();
-    return _mm512_shuffle_epi8(pack_bytes(q[0], q[1], q[2], q[3]), by_lane);
+    return _mm512_shuffle_epi8(pack_bytes(q[0], q[1], q[2], q[3], _mm512_packs_epi32(zero, zero)), by_lane);
 }
 
 static void quantize_lanes_f32_u8_avx512vnni(const float *x, int64_t stride, int64_t rows, int64_t k, const float *inverse,
-                                             uint8_t *out, int64_t out_stride) {
+                                             const int32_t *zeros, uint8_t *out, int64_t out_stride) {
     for (int64_t i = 0; i < k; i += 4) {
         uint8_t *to = out + i * out_stride;
         int64_t r = 0;
-        for (; r + LANES <= rows && i + 4 <= k; r += LANES)
-            _mm512_storeu_si512(to + r * 4, quantize_depths(x + i * stride + r, stride, 4, 0xffff, _mm512_loadu_ps(inverse + r)));
+        for (; r + LANES <= rows && i + 4 <= k; r += LANES) {
+            const __m512 factor = _mm512_loadu_ps(inverse + r);
+            const __m512i zero = _mm512_loadu_si512(zeros + r);
+            _mm512_storeu_si512(to + r * 4, quantize_depths(x + i * stride + r, stride, 4, 0xffff, factor, zero));
+        }
         for (; r < rows; r += LANES) {
             const __mmask16 live = first_lanes(rows - r);
             const __m512 factor = _mm512_maskz_loadu_ps(live, inverse + r);
-            _mm512_mask_storeu_epi32(to + r * 4, live, quantize_depths(x + i * stride + r, stride, k - i, live, factor));
+            const __m512i zero = _mm512_maskz_loadu_epi32(live, zeros + r);
+            _mm512_mask_storeu_epi32(to + r * 4, live, quantize_depths(x + i * stride + r, stride, k - i, live, factor, zero));
         }
     }
 }
@@ -204,12 +221,19 @@ FC_INLINE void accumulate(__m512i acc[][2], const uint8_t *a, const int8_t *w, c
     }
 }
 
-/* `rows` and `splits` (independent sums along k) are constants of each instance. */
+/* What the zero points of the rows come to is off the sums from the start. `rows` and `splits` (independent sums along k) are
+ * constants of each instance. */
 FC_INLINE void sum_tile(const fc_int8_tile *t, __m512i acc[][2], const int rows, const int splits) {
     const uint8_t *a = t->codes;
     const int8_t *w = t->weight;
 #pragma GCC unroll 12
-    for (int i = 0; i < rows * splits; i++) acc[i][0] = acc[i][1] = _mm512_setzero_si512();
+    for (int r = 0; r < rows; r++) {
+        const __m512i zero = _mm512_set1_epi32(t->zeros[r]);
+        acc[r][0] = _mm512_mullo_epi32(zero, _mm512_loadu_si512(t->minus_sum));
+        acc[r][1] = _mm512_mullo_epi32(zero, _mm512_loadu_si512(t->minus_sum + LANES));
+    }
+#pragma GCC unroll 12
+    for (int i = rows; i < rows * splits; i++) acc[i][0] = acc[i][1] = _mm512_setzero_si512();
     int64_t i = 0;
     for (; i + splits <= t->k4; i += splits, a += rows * splits * 4, w += splits * 128)
 #pragma GCC unroll 4
@@ -223,25 +247,32 @@ FC_INLINE void sum_tile(const fc_int8_tile *t, __m512i acc[][2], const int rows,
     }
 }
 
-static __attribute__((noinline)) void finish_tile(const fc_int8_tile *t, float v[][FC_INT8_COLUMNS]) {
-    for (int r = 0; r < t->rows; r++) finish_row(t, r, v[r]);
-}
-
 FC_INLINE __m512 dequantize(const fc_int8_tile *t, __m512i acc, int row, int half) {
-    const __m512i sum = _mm512_sub_epi32(acc, _mm512_loadu_si512(t->correction + half * LANES));
     const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(t->scales[row]), _mm512_loadu_ps(t->weight_scale + half * LANES));
-    return _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale), _mm512_loadu_ps(t->bias + half * LANES));
+    return _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc), scale), _mm512_loadu_ps(t->bias + half * LANES));
 }
 
-/* Identity and ReLU stay in registers. max(0, v) gives v when v is NaN. */
 FC_INLINE void store_half(const fc_int8_tile *t, __m512 v, int row, int half) {
     const __mmask16 live = first_lanes(t->columns - half * LANES);
     const int64_t at = row * t->stride + half * LANES;
-    if (t->activation == FC_RELU) v = _mm512_max_ps(_mm512_setzero_ps(), v);
     if (t->residual) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(live, t->residual + at));
     _mm512_mask_storeu_ps(t->out + at, live, v);
 }
 
+static __attribute__((noinline)) void activate_and_store(const fc_int8_tile *t, float v[][FC_INT8_COLUMNS]) {
+    const fc_int8_tile here = *t; /* which no store through `out` can change */
+    const __mmask16 live[2] = {first_lanes(t->columns), first_lanes(t->columns - LANES)};
+    activate_tile(t, v);
+    for (int r = 0; r < here.rows; r++)
+        for (int half = 0; half < 2; half++) {
+            const int64_t at = r * here.stride + half * LANES;
+            __m512 value = _mm512_loadu_ps(v[r] + half * LANES);
+            if (here.residual) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(live[half], here.residual + at));
+            _mm512_mask_storeu_ps(here.out + at, live[half], value);
+        }
+}
+
+/* Identity and ReLU stay in registers. max(0, v) gives v when v is NaN. */
 FC_INLINE void run_tile(const fc_int8_tile *t, const int rows, const int splits) {
     __m512i acc[FC_INT8_ROWS][2];
     float v[FC_INT8_ROWS][FC_INT8_COLUMNS];
@@ -251,13 +282,14 @@ FC_INLINE void run_tile(const fc_int8_tile *t, const int rows, const int splits)
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
-            const __m512 value = dequantize(t, acc[r][half], r, half);
+            __m512 value = dequantize(t, acc[r][half], r, half);
+            if (t->activation == FC_RELU) value = _mm512_max_ps(_mm512_setzero_ps(), value);
             if (in_registers)
                 store_half(t, value, r, half);
             else
                 _mm512_storeu_ps(v[r] + half * LANES, value);
         }
-    if (!in_registers) finish_tile(t, v);
+    if (!in_registers) activate_and_store(t, v);
 }
 
 static void linear_u8_s8_f32_avx512vnni(const fc_int8_tile *t) {
@@ -276,6 +308,7 @@ static void linear_u8_s8_f32_avx512vnni(const fc_int8_tile *t) {
     default: run_tile(t, 12, 1); break;
     }
 }
+
 static void quantize_static_lanes_f32_u8_avx512vnni(const float *x, int64_t stride, int64_t rows, int64_t k, float scale,
                                                     int zero_point, uint8_t *out, int64_t out_stride) {
     quantize_static_lanes_body(x, stride, rows, k, scale, zero_point, out, out_stride);
@@ -284,8 +317,8 @@ static void quantize_static_lanes_f32_u8_avx512vnni(const float *x, int64_t stri
 FC_TARGET_END
 
 void fc_quant_install_avx512vnni(fc_table *table) {
-    FC_INSTALL(table, max_abs_f32, avx512vnni);
-    FC_INSTALL(table, max_abs_lanes_f32, avx512vnni);
+    FC_INSTALL(table, range_f32, avx512vnni);
+    FC_INSTALL(table, range_lanes_f32, avx512vnni);
     FC_INSTALL(table, quantize_f32_s8, avx512vnni);
     FC_INSTALL(table, quantize_rows_f32_u8, avx512vnni);
     FC_INSTALL(table, quantize_lanes_f32_u8, avx512vnni);

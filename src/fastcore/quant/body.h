@@ -51,27 +51,36 @@ FC_INLINE void quantize_static_lanes_body(const float *x, int64_t stride, int64_
     }
 }
 
-FC_INLINE void activate_columns(fc_activation kind, float *v) {
-    for (int j = 0; j < FC_INT8_COLUMNS; j++) v[j] = fc_activate(kind, v[j]);
+/* Two or four vectors at a time, which the compiler unrolls. */
+FC_INLINE void activate_rows(fc_activation kind, float v[][FC_INT8_COLUMNS], int rows) {
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < FC_INT8_COLUMNS; j++) v[r][j] = fc_activate(kind, v[r][j]);
 }
 
-/* v[32]: the row's values with the bias added. The kinds are spelt out so that each loop has a constant one to vectorise. */
-FC_INLINE void finish_row(const fc_int8_tile *t, int row, float *v) {
+/* The kinds are spelt out so that each loop has a constant one to vectorise. */
+FC_INLINE void activate_tile(const fc_int8_tile *t, float v[][FC_INT8_COLUMNS]) {
     switch (t->activation) {
-    case FC_RELU: activate_columns(FC_RELU, v); break;
-    case FC_GELU: activate_columns(FC_GELU, v); break;
-    case FC_GELU_TANH: activate_columns(FC_GELU_TANH, v); break;
-    case FC_TANH: activate_columns(FC_TANH, v); break;
-    case FC_SIGMOID: activate_columns(FC_SIGMOID, v); break;
-    case FC_SILU: activate_columns(FC_SILU, v); break;
+    case FC_RELU: activate_rows(FC_RELU, v, t->rows); break;
+    case FC_GELU: activate_rows(FC_GELU, v, t->rows); break;
+    case FC_GELU_TANH: activate_rows(FC_GELU_TANH, v, t->rows); break;
+    case FC_TANH: activate_rows(FC_TANH, v, t->rows); break;
+    case FC_SIGMOID: activate_rows(FC_SIGMOID, v, t->rows); break;
+    case FC_SILU: activate_rows(FC_SILU, v, t->rows); break;
     default: break;
     }
-    float *out = t->out + row * t->stride;
-    if (t->residual) {
-        const float *residual = t->residual + row * t->stride;
-        for (int j = 0; j < t->columns; j++) out[j] = v[j] + residual[j];
-    } else {
-        memcpy(out, v, (size_t)t->columns * sizeof *out);
+}
+
+/* v[rows][32]: the values with the bias added. */
+FC_INLINE void finish_tile(const fc_int8_tile *t, float v[][FC_INT8_COLUMNS]) {
+    activate_tile(t, v);
+    for (int r = 0; r < t->rows; r++) {
+        float *out = t->out + r * t->stride;
+        if (t->residual) {
+            const float *residual = t->residual + r * t->stride;
+            for (int j = 0; j < t->columns; j++) out[j] = v[r][j] + residual[j];
+        } else {
+            memcpy(out, v[r], (size_t)t->columns * sizeof *out);
+        }
     }
 }
 

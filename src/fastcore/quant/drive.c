@@ -23,13 +23,22 @@ static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* ---- quantising ---- */
 
-/* The scale of a row; *inverse is 0 if the row has no codes to speak of. */
-static float row_scale(float max, float *inverse) {
+/* The scale of a row of which `half` shall come to `most` codes; *inverse is 0 if the row has no codes to speak of. */
+static float row_scale(float half, float most, float *inverse) {
     *inverse = 0.0f;
-    if (!isfinite(max)) return NAN;
-    if (max < FC_INT8_TINY) return 1.0f;
-    *inverse = 127.0f / max;
-    return max / 127.0f;
+    if (!isfinite(half)) return NAN;
+    if (half < FC_INT8_TINY) return 1.0f;
+    *inverse = most / half;
+    return half / most;
+}
+
+/* NaN if anything between the two is not finite. */
+static float largest(float low, float high) { return isfinite(low) && isfinite(high) ? fmaxf(-low, high) : NAN; }
+
+static float max_abs(const float *x, int64_t n) {
+    float low, high;
+    fc_kernels.range_f32(x, n, &low, &high);
+    return largest(low, high);
 }
 
 static void quantize_piece(const float *values, int64_t count, float scale, float inverse, int8_t *codes) {
@@ -46,7 +55,7 @@ void fc_quantize_weight(const void *args, int rank, int size) {
     for (int64_t row = begin; row < end; row++) {
         const float *values = a->values + row * a->k;
         float inverse;
-        a->scale[row] = row_scale(fc_kernels.max_abs_f32(values, a->k), &inverse);
+        a->scale[row] = row_scale(max_abs(values, a->k), 127.0f, &inverse);
         quantize_piece(values, a->k, a->scale[row], inverse, a->codes + row * a->k);
     }
 }
@@ -67,10 +76,10 @@ void fc_quantize_blocks(const void *args, int rank, int size) {
         const int64_t offset = row % a->block_rows * a->block_columns, block = a->block_rows * a->block_columns;
         float max = 0.0f, inverse;
         for (int64_t b = range[0]; b < range[1]; b++) {
-            const float found = fc_kernels.max_abs_f32(a->values + b * block + offset, a->block_columns);
+            const float found = max_abs(a->values + b * block + offset, a->block_columns);
             max = max != max || found <= max ? max : found; /* NaN wins, and stays */
         }
-        a->scale[row] = row_scale(max, &inverse);
+        a->scale[row] = row_scale(max, 127.0f, &inverse);
         for (int64_t b = range[0]; b < range[1]; b++) {
             const int64_t at = b * block + offset;
             quantize_piece(a->values + at, a->block_columns, a->scale[row], inverse, a->codes + at);
@@ -78,13 +87,26 @@ void fc_quantize_blocks(const void *args, int rank, int size) {
     }
 }
 
+/* Scale, inverse and zero point of a row from low <= 0 to high >= 0, as quant.h says. */
+static float choose_scale(float low, float high, fc_panel_layout layout, float *inverse, int32_t *zero) {
+    *zero = 128;
+    if (layout == FC_PANEL_LANES) return row_scale(largest(low, high), 127.0f, inverse);
+    const float scale = row_scale(0.5f * high - 0.5f * low, 127.5f, inverse);
+    if (*inverse != 0.0f) *zero = (int32_t)__builtin_rintf(-low * *inverse);
+    return scale;
+}
+
 /* Rows first ... first + count of the matrix; count <= STRIP. */
 static void quantize_strip(const fc_quantize_activations_args *a, int64_t first, int64_t count, uint8_t *out,
                            int64_t out_stride) {
-    float max[STRIP], inverse[STRIP];
+    float low[STRIP], high[STRIP], inverse[STRIP];
+    int32_t zeros[STRIP];
     const float *x = a->x + (a->x_lanes ? first : first * a->k);
     if (a->scale != 0.0f) {
-        for (int64_t r = 0; r < count; r++) a->scales[first + r] = a->scale;
+        for (int64_t r = 0; r < count; r++) {
+            a->scales[first + r] = a->scale;
+            a->zeros[first + r] = a->zero_point;
+        }
         if (a->x_lanes)
             fc_kernels.quantize_static_lanes_f32_u8(x, a->m, count, a->k, a->scale, a->zero_point, out, out_stride);
         else
@@ -92,15 +114,16 @@ static void quantize_strip(const fc_quantize_activations_args *a, int64_t first,
         return;
     }
     if (a->x_lanes) {
-        fc_kernels.max_abs_lanes_f32(x, a->m, count, a->k, max);
+        fc_kernels.range_lanes_f32(x, a->m, count, a->k, low, high);
     } else {
-        for (int64_t r = 0; r < count; r++) max[r] = fc_kernels.max_abs_f32(x + r * a->k, a->k);
+        for (int64_t r = 0; r < count; r++) fc_kernels.range_f32(x + r * a->k, a->k, &low[r], &high[r]);
     }
-    for (int64_t r = 0; r < count; r++) a->scales[first + r] = row_scale(max[r], &inverse[r]);
+    for (int64_t r = 0; r < count; r++) a->scales[first + r] = choose_scale(low[r], high[r], a->layout, &inverse[r], &zeros[r]);
+    if (a->zeros) memcpy(a->zeros + first, zeros, (size_t)count * sizeof *zeros);
     if (a->x_lanes)
-        fc_kernels.quantize_lanes_f32_u8(x, a->m, count, a->k, inverse, out, out_stride);
+        fc_kernels.quantize_lanes_f32_u8(x, a->m, count, a->k, inverse, zeros, out, out_stride);
     else
-        fc_kernels.quantize_rows_f32_u8(x, a->k, count, a->k, inverse, out, out_stride);
+        fc_kernels.quantize_rows_f32_u8(x, a->k, count, a->k, inverse, zeros, out, out_stride);
 }
 
 void fc_quantize_activations(const void *args, int rank, int size) {
@@ -159,10 +182,10 @@ void fc_packed_int8_free(fc_packed_int8 *packed) {
     *packed = (fc_packed_int8){0};
 }
 
-static void pack_column(const int8_t *row, int64_t k, int8_t *out, int32_t *correction) {
+static void pack_column(const int8_t *row, int64_t k, int8_t *out, int32_t *minus_sum) {
     uint32_t sum = 0;
     for (int64_t i = 0; i < k; i++) sum += (uint32_t)row[i];
-    *correction = (int32_t)(sum * 128);
+    *minus_sum = (int32_t)-sum;
     for (int64_t i = 0; i < (k + 3) / 4; i++, out += FC_INT8_COLUMNS * 4) {
         memset(out, 0, 4);
         memcpy(out, row + i * 4, (size_t)smaller(4, k - i * 4));
@@ -179,9 +202,9 @@ void fc_pack_int8(const void *args, int rank, int size) {
         int8_t *out = p->panels + (column / FC_INT8_COLUMNS * k4 * FC_INT8_COLUMNS + column % FC_INT8_COLUMNS) * 4;
         const int inside = column < p->n;
         if (inside) {
-            pack_column(a->codes + column * p->k, p->k, out, &p->correction[column]);
+            pack_column(a->codes + column * p->k, p->k, out, &p->minus_sum[column]);
         } else {
-            p->correction[column] = 0;
+            p->minus_sum[column] = 0;
             for (int64_t i = 0; i < k4; i++) memset(out + i * FC_INT8_COLUMNS * 4, 0, 4);
         }
     }
@@ -192,15 +215,12 @@ void fc_pack_int8(const void *args, int rank, int size) {
 /* The columns of one panel, padded to whole vectors. */
 typedef struct panel_columns {
     float weight_scale[FC_INT8_COLUMNS], bias[FC_INT8_COLUMNS];
-    int32_t correction[FC_INT8_COLUMNS];
 } panel_columns;
 
 static void load_columns(const fc_linear_int8_args *a, int64_t first, int64_t count, panel_columns *columns) {
     for (int j = 0; j < FC_INT8_COLUMNS; j++) {
         columns->weight_scale[j] = j < count ? a->weight_scale[first + j] : 0.0f;
         columns->bias[j] = j < count && a->bias ? a->bias[first + j] : -0.0f; /* x + -0 is x, for every x */
-        const int32_t by_128 = a->weight->correction[first + j];
-        columns->correction[j] = a->zero_point == 128 ? by_128 : by_128 / 128 * a->zero_point; /* exact up to FC_STATIC_MAX_K */
     }
 }
 
@@ -218,7 +238,8 @@ static void run_panel(const fc_linear_int8_args *a, int64_t panel, int64_t first
             .rows = (int)smaller(FC_INT8_ROWS, a->m - row),
             .columns = (int)columns,
             .scales = a->scales + row,
-            .correction = padded.correction,
+            .zeros = a->zeros + row,
+            .minus_sum = w->minus_sum + column,
             .weight_scale = padded.weight_scale,
             .bias = padded.bias,
             .residual = a->residual ? a->residual + at : NULL,

@@ -2,8 +2,8 @@
 
 cdef extern from "quant/quant.h" nogil:
     enum:
-        FC_INT8_MAX_K
-        FC_STATIC_MAX_K
+        FC_LANES_MAX_K
+        FC_TILE_MAX_K
     ctypedef enum fc_panel_layout:
         FC_PANEL_TILE
         FC_PANEL_LANES
@@ -20,6 +20,7 @@ cdef extern from "quant/quant.h" nogil:
         fc_panel_layout layout
         uint8_t *codes
         float *scales
+        int32_t *zeros
         float scale
         int zero_point
     ctypedef struct fc_packed_int8:
@@ -30,13 +31,13 @@ cdef extern from "quant/quant.h" nogil:
     ctypedef struct fc_linear_int8_args:
         const uint8_t *codes
         const float *scales
+        const int32_t *zeros
         const fc_packed_int8 *weight
         const float *weight_scale
         const float *bias
         const float *residual
         float *out
         int64_t m
-        int zero_point
         fc_activation activation
     int64_t fc_codes_nbytes(int64_t m, int64_t k, fc_panel_layout layout)
     fc_status fc_row_offsets_validate(const int32_t *row_offsets, int64_t groups, int64_t blocks)
@@ -52,10 +53,11 @@ cdef extern from "quant/quant.h" nogil:
 PANEL_LAYOUTS = {"tile": FC_PANEL_TILE, "lanes": FC_PANEL_LANES}
 
 
-cdef int check_depth(int64_t k) except -1:
+cdef int check_depth(int64_t k, str layout) except -1:
     """Refuse a k at which an int32 sum of products could overflow."""
-    if not 0 <= k <= FC_INT8_MAX_K:
-        raise ValueError(f"int8 products sum at most {FC_INT8_MAX_K} terms, got {k}")
+    cdef int64_t most = FC_LANES_MAX_K if layout == "lanes" else FC_TILE_MAX_K
+    if not 0 <= k <= most:
+        raise ValueError(f"int8 products sum at most {most} terms, got {k}")
     return 0
 
 
@@ -94,15 +96,15 @@ def quantize_blocks(values, row_offsets, codes, scale, int threads=1):
 
 def codes_nbytes(int64_t m, int64_t k, str layout):
     """Return the bytes of a panel of m quantised rows of k values, in layout "tile" (dense product) or "lanes" (sparse)."""
-    check_depth(k)
-    if not 0 <= m < 2**31:
-        raise ValueError(f"a panel holds 0 to 2**31 - 1 rows, got {m}")
     if layout not in PANEL_LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose tile or lanes")
+    check_depth(k, layout)
+    if not 0 <= m < 2**31:
+        raise ValueError(f"a panel holds 0 to 2**31 - 1 rows, got {m}")
     return fc_codes_nbytes(m, k, PANEL_LAYOUTS[layout])
 
 
-cdef int check_static(float scale, int zero_point, int64_t k, str layout) except -1:
+cdef int check_static(float scale, int zero_point, str layout) except -1:
     """Refuse a static scale or zero point that the kernels cannot take."""
     if not 2.0**-100 <= scale <= 2.0**100 or not 0 <= zero_point <= 255:
         raise ValueError(
@@ -110,21 +112,20 @@ cdef int check_static(float scale, int zero_point, int64_t k, str layout) except
         )
     if layout != "tile":
         raise ValueError("static scales are for the dense product, layout tile")
-    if k > FC_STATIC_MAX_K:
-        raise ValueError(f"int8 products with a zero point sum at most {FC_STATIC_MAX_K} terms, got {k}")
     return 0
 
 
 def quantize_activations(
-    Program program not None, x, bint lanes, str layout, codes, scales, scale=None, int zero_point=128
+    Program program not None, x, bint lanes, str layout, codes, scales, zeros=None, scale=None, int zero_point=128
 ):
-    """Append: quantise float32 x per row m (rows [M, K], or lanes [K, M] if `lanes`) into a uint8 panel and scales[M].
+    """Append: quantise float32 x per row m (rows [M, K], or lanes [K, M] if `lanes`): a uint8 panel, scales[M], int32 zeros[M].
 
-    scales = max|x| / 127 and q = round half even(x * (127 / max|x|)). A row of zeros (or below 2^-119) has scale 1; a row with a
+    A code stands for (code - zero) * scale. Layout "tile" spreads the 256 codes from min(0, min x) to max(0, max x); layout
+    "lanes" is symmetric, has 128 for all zeros and needs no `zeros`. A row of zeros (or below 2^-119) has scale 1; a row with a
     value that is not finite has scale NaN, and so has every output computed from it.
 
-    With a static `scale`, codes = clip(round half even(x / scale) + zero_point, 0, 255) and all scales are that one; NaN counts
-    as 0.
+    With a static `scale`, codes = clip(round half even(x / scale) + zero_point, 0, 255), and all scales and zeros are these; NaN
+    counts as 0.
     """
     cdef fc_quantize_activations_args args
     args.x = <const float *>pointer(x, "x", "f", (None, None))
@@ -133,11 +134,14 @@ def quantize_activations(
     args.codes = <uint8_t *>pointer(codes, "codes", "B", (codes_nbytes(args.m, args.k, layout),), True)
     args.scales = <float *>pointer(scales, "scales", "f", (args.m,), True)
     args.layout = PANEL_LAYOUTS[layout]
+    if zeros is None and layout == "tile":
+        raise ValueError("layout tile needs zeros")
+    args.zeros = <int32_t *>optional_pointer(zeros, "zeros", "i", (args.m,), True)
     args.scale, args.zero_point = 0.0, zero_point
     if scale is not None:
-        check_static(scale, zero_point, args.k, layout)
+        check_static(scale, zero_point, layout)
         args.scale = scale
-    program.add(fc_quantize_activations, &args, sizeof(args), (x, codes, scales))
+    program.add(fc_quantize_activations, &args, sizeof(args), (x, codes, scales, zeros))
 
 
 cdef class PackedInt8:
@@ -160,7 +164,7 @@ def pack_int8(Weight weight not None, int threads=1):
     cdef fc_pack_int8_args args
     if weight.view.kind != FC_DENSE_S8:
         raise TypeError("pack_int8 takes a dense int8 Weight with scales")
-    check_depth(weight.view.k)
+    check_depth(weight.view.k, "tile")
     check(fc_packed_int8_init(&result.packed, weight.view.n, weight.view.k))
     result.shape, result.nbytes = weight.shape, result.packed.nbytes
     args.codes = <const int8_t *>weight.view.values
@@ -175,20 +179,18 @@ def int8_packed_nbytes(Weight weight not None):
 
 
 def linear_int8(
-    Program program not None, codes, scales, int64_t m, PackedInt8 weight not None, weight_scale, out, bias, activation, residual,
-    int zero_point=128,
+    Program program not None, codes, scales, zeros, int64_t m, PackedInt8 weight not None, weight_scale, out, bias, activation,
+    residual,
 ):
     """Append: out[M,N] = activation(acc * (scales[m] * weight_scale[n]) + bias[n]) + residual, from a "tile" panel of M rows.
 
-    `residual` may be `out` itself. weight_scale is read at every run. `zero_point` is that of the codes' static scale.
+    acc = sum over k of (codes - zeros[m]) * weight. `residual` may be `out` itself. weight_scale is read at every run.
     """
     cdef fc_linear_int8_args args
     n, k = weight.shape
-    if zero_point != 128:
-        check_static(1.0, zero_point, k, "tile")
-    args.zero_point = zero_point
     args.codes = <const uint8_t *>pointer(codes, "codes", "B", (codes_nbytes(m, k, "tile"),))
     args.scales = <const float *>pointer(scales, "scales", "f", (m,))
+    args.zeros = <const int32_t *>pointer(zeros, "zeros", "i", (m,))
     args.weight = &weight.packed
     args.weight_scale = <const float *>pointer(weight_scale, "weight_scale", "f", (n,))
     args.bias = <const float *>optional_pointer(bias, "bias", "f", (n,))
@@ -196,4 +198,4 @@ def linear_int8(
     args.out = <float *>pointer(out, "out", "f", (m, n), True)
     args.m = m
     args.activation = activation_of(activation)
-    program.add(fc_linear_int8, &args, sizeof(args), (codes, scales, weight, weight_scale, out, bias, residual))
+    program.add(fc_linear_int8, &args, sizeof(args), (codes, scales, zeros, weight, weight_scale, out, bias, residual))

@@ -4,51 +4,48 @@
 #include "../fastcore.h"
 #include "body.h"
 
-/* The bits of |x| order as integers: numbers, then infinity, then NaN. */
-static uint32_t magnitude_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits & 0x7fffffff;
-}
-
-static float max_abs(const float *x, int64_t stride, int64_t n) {
-    uint32_t max = 0;
+static void range(const float *x, int64_t stride, int64_t n, float *low, float *high) {
+    uint32_t lowest = 0x80000000;
+    int32_t highest = 0;
     for (int64_t i = 0; i < n; i++) {
-        const uint32_t bits = magnitude_bits(x[i * stride]);
-        max = bits > max ? bits : max;
+        uint32_t bits;
+        memcpy(&bits, &x[i * stride], 4);
+        lowest = bits > lowest ? bits : lowest;
+        highest = (int32_t)bits > highest ? (int32_t)bits : highest;
     }
-    float result;
-    memcpy(&result, &max, 4);
-    return result;
+    memcpy(low, &lowest, 4);
+    memcpy(high, &highest, 4);
 }
 
-static float max_abs_f32_scalar(const float *x, int64_t n) { return max_abs(x, 1, n); }
+static void range_f32_scalar(const float *x, int64_t n, float *low, float *high) { range(x, 1, n, low, high); }
 
-static void max_abs_lanes_f32_scalar(const float *x, int64_t stride, int64_t columns, int64_t k, float *max) {
-    for (int64_t c = 0; c < columns; c++) max[c] = max_abs(x + c, stride, k);
+static void range_lanes_f32_scalar(const float *x, int64_t stride, int64_t columns, int64_t k, float *low, float *high) {
+    for (int64_t c = 0; c < columns; c++) range(x + c, stride, k, low + c, high + c);
 }
 
 static void quantize_f32_s8_scalar(const float *x, int64_t n, float scale, int8_t *codes) {
     for (int64_t i = 0; i < n; i++) codes[i] = (int8_t)__builtin_rintf(x[i] / scale);
 }
 
-static uint8_t quantize(float x, float inverse) {
+static uint8_t quantize(float x, float inverse, int32_t zero) {
     const float v = __builtin_rintf(x * inverse);
-    return v == v ? (uint8_t)((int)v + 128) : 0;
+    if (v != v) return 0;
+    const int32_t q = (int32_t)v + zero;
+    return (uint8_t)(q < 0 ? 0 : q > 255 ? 255 : q);
 }
 
 static void quantize_rows_f32_u8_scalar(const float *x, int64_t stride, int64_t rows, int64_t k, const float *inverse,
-                                        uint8_t *out, int64_t out_stride) {
+                                        const int32_t *zeros, uint8_t *out, int64_t out_stride) {
     for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < (k + 3) / 4 * 4; i++)
-            out[(i / 4 * out_stride + r) * 4 + i % 4] = i < k ? quantize(x[r * stride + i], inverse[r]) : 128;
+            out[(i / 4 * out_stride + r) * 4 + i % 4] = quantize(i < k ? x[r * stride + i] : 0.0f, inverse[r], zeros[r]);
 }
 
 static void quantize_lanes_f32_u8_scalar(const float *x, int64_t stride, int64_t rows, int64_t k, const float *inverse,
-                                         uint8_t *out, int64_t out_stride) {
+                                         const int32_t *zeros, uint8_t *out, int64_t out_stride) {
     for (int64_t i = 0; i < (k + 3) / 4 * 4; i++)
         for (int64_t r = 0; r < rows; r++)
-            out[(i / 4 * out_stride + r) * 4 + i % 4] = i < k ? quantize(x[i * stride + r], inverse[r]) : 128;
+            out[(i / 4 * out_stride + r) * 4 + i % 4] = quantize(i < k ? x[i * stride + r] : 0.0f, inverse[r], zeros[r]);
 }
 
 /* Unsigned, so that sums wrap. */
@@ -62,16 +59,15 @@ static void accumulate(const fc_int8_tile *t, int row, uint32_t *acc) {
 }
 
 static void linear_u8_s8_f32_scalar(const fc_int8_tile *t) {
+    float v[FC_INT8_ROWS][FC_INT8_COLUMNS];
     for (int r = 0; r < t->rows; r++) {
-        uint32_t acc[FC_INT8_COLUMNS] = {0};
-        float v[FC_INT8_COLUMNS];
+        uint32_t acc[FC_INT8_COLUMNS];
+        for (int j = 0; j < FC_INT8_COLUMNS; j++) acc[j] = (uint32_t)t->zeros[r] * (uint32_t)t->minus_sum[j];
         accumulate(t, r, acc);
-        for (int j = 0; j < FC_INT8_COLUMNS; j++) {
-            const int32_t sum = (int32_t)(acc[j] - (uint32_t)t->correction[j]);
-            v[j] = (float)sum * (t->scales[r] * t->weight_scale[j]) + t->bias[j];
-        }
-        finish_row(t, r, v);
+        for (int j = 0; j < FC_INT8_COLUMNS; j++)
+            v[r][j] = (float)(int32_t)acc[j] * (t->scales[r] * t->weight_scale[j]) + t->bias[j];
     }
+    finish_tile(t, v);
 }
 
 static void quantize_static_rows_f32_u8_scalar(const float *x, int64_t stride, int64_t rows, int64_t k, float scale,
@@ -85,8 +81,8 @@ static void quantize_static_lanes_f32_u8_scalar(const float *x, int64_t stride, 
 }
 
 void fc_quant_install_scalar(fc_table *table) {
-    FC_INSTALL(table, max_abs_f32, scalar);
-    FC_INSTALL(table, max_abs_lanes_f32, scalar);
+    FC_INSTALL(table, range_f32, scalar);
+    FC_INSTALL(table, range_lanes_f32, scalar);
     FC_INSTALL(table, quantize_f32_s8, scalar);
     FC_INSTALL(table, quantize_rows_f32_u8, scalar);
     FC_INSTALL(table, quantize_lanes_f32_u8, scalar);

@@ -15,13 +15,13 @@ TINY = np.float32(2.0**-119)
 # ---- oracles: the definitions in NumPy float32, one operation at a time ----
 
 
-def row_scales(largest):
-    """Return (scale, 127 / largest or 0) of rows with these largest magnitudes."""
-    largest = largest.astype(np.float32)
-    usable = np.isfinite(largest) & (largest >= TINY)
-    safe = np.where(usable, largest, np.float32(1))
-    scale = np.where(usable, safe / np.float32(127), np.where(np.isfinite(largest), np.float32(1), np.float32(np.nan)))
-    return scale.astype(np.float32), np.where(usable, np.float32(127) / safe, np.float32(0))
+def row_scales(half, most=127.0):
+    """Return (scale, most / half or 0) of rows of which `half` comes to `most` codes."""
+    half, most = half.astype(np.float32), np.float32(most)
+    usable = np.isfinite(half) & (half >= TINY)
+    safe = np.where(usable, half, np.float32(1))
+    scale = np.where(usable, safe / most, np.where(np.isfinite(half), np.float32(1), np.float32(np.nan)))
+    return scale.astype(np.float32), np.where(usable, most / safe, np.float32(0))
 
 
 def largest_magnitude(x):
@@ -29,12 +29,16 @@ def largest_magnitude(x):
     return np.abs(x).max(1, initial=0).astype(np.float32)
 
 
-def quantized_rows(x):
-    """Return (bytes q + 128 [M, K], scales [M]); a value that has no code is the byte 0."""
-    scale, inverse = row_scales(largest_magnitude(x))
+def quantized_rows(x, layout="tile"):
+    """Return (bytes [M, K], scales [M], zero points [M]); a value that has no code is the byte 0."""
+    low, high = x.min(1, initial=0), x.max(1, initial=0)
     with np.errstate(invalid="ignore"):
+        half = np.float32(0.5) * high - np.float32(0.5) * low if layout == "tile" else largest_magnitude(x)
+        scale, inverse = row_scales(half, 127.5 if layout == "tile" else 127.0)
+        zeros = np.where(inverse == 0, 128, np.rint(-low * inverse)) if layout == "tile" else np.full(len(x), 128)
         q = np.rint(x * inverse[:, None])
-    return np.where(np.isnan(q), 0, np.nan_to_num(q) + 128).astype(np.uint8), scale
+    codes = np.where(np.isnan(q), 0, np.clip(np.nan_to_num(q) + zeros[:, None], 0, 255))
+    return codes.astype(np.uint8), scale, zeros.astype(np.int32)
 
 
 def quantized_weight(w):
@@ -44,11 +48,12 @@ def quantized_weight(w):
     return q.astype(np.int8), scale
 
 
-def panel(codes, layout):
+def panel(codes, zeros, layout):
     """Lay bytes [M, K] out as a panel, from its definition."""
     m, k = codes.shape
     k4 = -(-k // 4)
     padded = np.full((-(-m // 16) * 16, k4 * 4), 128, np.uint8)
+    padded[:m] = zeros[:, None]
     padded[:m, :k] = codes
     dwords = padded.reshape(len(padded), k4, 4).transpose(1, 0, 2)
     if layout == "lanes":
@@ -84,6 +89,10 @@ def hostile_rows(rng, m, k):
         x[m // 4, k - 1] = np.nan
         x[m - 1, k // 2] = -np.inf
         x[m // 5] = 1e-38 * rng.standard_normal(k)
+    if m > 12 and k:  # rows of one sign, a row of extremes
+        x[m - 2], x[m - 3] = np.abs(x[m - 2]), -np.abs(x[m - 3])
+        x[m - 4] = 3.4e38 * rng.uniform(-1, 1, k)
+        x[m - 4, 0], x[m - 4, k - 1] = 3.4e38, -3.4e38
     return x
 
 
@@ -96,24 +105,26 @@ MATRICES = (
 def activation_case(name, lanes, layout, bench=()):
     def run(inputs, outputs, threads):
         program = _core.Program()
-        _core.quantize_activations(program, inputs["x"], lanes, layout, outputs["codes"], outputs["scales"])
+        _core.quantize_activations(program, inputs["x"], lanes, layout, *map(outputs.get, ("codes", "scales", "zeros")))
         program.run(threads)
 
     def oracle(inputs):
-        codes, scales = quantized_rows(inputs["x"].T if lanes else inputs["x"])
-        return {"codes": panel(codes, layout), "scales": scales}
+        codes, scales, zeros = quantized_rows(inputs["x"].T if lanes else inputs["x"], layout)
+        answer = {"codes": panel(codes, zeros, layout), "scales": scales}
+        return answer | ({"zeros": zeros} if layout == "tile" else {})
 
     def outputs(inputs):
         m, k = inputs["x"].shape[::-1] if lanes else inputs["x"].shape
         k4 = -(-k // 4) * 4
         nbytes = -(-m // 16) * 16 * k4 if layout == "lanes" else m * k4
-        return {"codes": ((nbytes,), np.uint8), "scales": ((m,), np.float32)}
+        made = {"codes": ((nbytes,), np.uint8), "scales": ((m,), np.float32)}
+        return made | ({"zeros": ((m,), np.int32)} if layout == "tile" else {})
 
     def inputs(rng, size):
         x = hostile_rows(rng, *size)
         return {"x": np.ascontiguousarray(x.T) if lanes else x}
 
-    widest = "max_abs_lanes_f32" if lanes else "max_abs_f32"
+    widest = "range_lanes_f32" if lanes else "range_f32"
     return Case(
         name=name,
         slots=(widest, "quantize_lanes_f32_u8" if lanes else "quantize_rows_f32_u8"),
@@ -140,20 +151,18 @@ def static_codes(x, scale, zero_point):
 def static_case(name, lanes, bench=()):
     def run(inputs, outputs, threads):
         program = _core.Program()
-        panels = outputs["codes"], outputs["scales"]
+        panels = outputs["codes"], outputs["scales"], outputs["zeros"]
         _core.quantize_activations(program, inputs["x"], lanes, "tile", *panels, float(inputs["scale"]), inputs["zero_point"])
         program.run(threads)
 
-    def padded(inputs):
+    def oracle(inputs):
         codes = static_codes(inputs["x"].T if lanes else inputs["x"], inputs["scale"], inputs["zero_point"])
-        m, k = codes.shape
-        wide = np.full((m, -(-k // 4) * 4), inputs["zero_point"], np.uint8)
-        wide[:, :k] = codes
-        return wide
+        zeros = np.full(len(codes), inputs["zero_point"], np.int32)
+        return {"codes": panel(codes, zeros, "tile"), "scales": np.full(len(codes), inputs["scale"], np.float32), "zeros": zeros}
 
     def outputs(inputs):
         m, k = inputs["x"].shape[::-1] if lanes else inputs["x"].shape
-        return {"codes": ((m * (-(-k // 4) * 4),), np.uint8), "scales": ((m,), np.float32)}
+        return {"codes": ((m * (-(-k // 4) * 4),), np.uint8), "scales": ((m,), np.float32), "zeros": ((m,), np.int32)}
 
     def inputs(rng, size):
         m, k = size
@@ -171,10 +180,7 @@ def static_case(name, lanes, bench=()):
         inputs=inputs,
         outputs=outputs,
         run=run,
-        oracle=lambda inputs: {
-            "codes": panel(padded(inputs), "tile"),
-            "scales": np.full(len(padded(inputs)), inputs["scale"], np.float32),
-        },
+        oracle=oracle,
         bound=lambda inputs, wanted: dict.fromkeys(wanted, 0),
         bench=bench,
         work=lambda size: Work(bytes=size[0] * size[1] * 5, limit="dram"),
@@ -192,7 +198,7 @@ def weight_oracle(inputs):
 
 QUANTIZE_WEIGHT = Case(
     name="quantize_weight",
-    slots=("max_abs_f32", "quantize_f32_s8"),
+    slots=("range_f32", "quantize_f32_s8"),
     sizes=(
         (0, 0),
         (0, 3),
@@ -248,7 +254,7 @@ def blocks_oracle(inputs):
 
 QUANTIZE_BLOCKS = Case(
     name="quantize_blocks",
-    slots=("max_abs_f32", "quantize_f32_s8"),
+    slots=("range_f32", "quantize_f32_s8"),
     sizes=((0, 0, 1, 4), (1, 3, 1, 1), (5, 4, 1, 4), (6, 5, 2, 4), (4, 7, 4, 4), (3, 3, 8, 16), (2, 2, 16, 33)),
     inputs=block_inputs,
     outputs=lambda inputs: {
@@ -286,6 +292,8 @@ def product_inputs(rng, size, bias, residual):
     if m and k:
         drawn["x"][m // 2] = np.where(rng.random(k) < 0.5, 1, -1)  # every code at the end of its range
         drawn["x"][m - 1, 0] = np.nan if m > 3 else 0.5
+        drawn["x"][m // 3] = np.abs(drawn["x"][m // 3])
+        drawn["x"][m // 4] = -np.abs(drawn["x"][m // 4])
     if bias:
         drawn["bias"] = rng.standard_normal(n).astype(np.float32)
     if residual:
@@ -297,13 +305,14 @@ def product_case(name, activation=None, bias=True, residual=False, sizes=SIZES, 
     def run(inputs, outputs, threads):
         x, packed = inputs["x"], inputs["packed"]
         codes = np.empty(_core.codes_nbytes(*x.shape, "tile"), np.uint8)
-        scales = np.empty(len(x), np.float32)
+        scales, zeros = np.empty(len(x), np.float32), np.empty(len(x), np.int32)
         program = _core.Program()
-        _core.quantize_activations(program, x, False, "tile", codes, scales)
+        _core.quantize_activations(program, x, False, "tile", codes, scales, zeros)
         _core.linear_int8(
             program,
             codes,
             scales,
+            zeros,
             len(x),
             packed,
             inputs["weight_scale"],
@@ -315,8 +324,8 @@ def product_case(name, activation=None, bias=True, residual=False, sizes=SIZES, 
         program.run(threads)
 
     def before_activation(inputs):
-        codes, scales = quantized_rows(inputs["x"])
-        acc = (codes.astype(np.int64) - 128) @ inputs["weight"].astype(np.int64).T
+        codes, scales, zeros = quantized_rows(inputs["x"])
+        acc = (codes.astype(np.int64) - zeros[:, None]) @ inputs["weight"].astype(np.int64).T
         product = acc * (scales.astype(np.float64)[:, None] * inputs["weight_scale"].astype(np.float64))
         return product, product + inputs.get("bias", 0.0)
 
@@ -333,7 +342,7 @@ def product_case(name, activation=None, bias=True, residual=False, sizes=SIZES, 
 
     return Case(
         name=name,
-        slots=("max_abs_f32", "quantize_rows_f32_u8", "linear_u8_s8_f32"),
+        slots=("range_f32", "quantize_rows_f32_u8", "linear_u8_s8_f32"),
         sizes=sizes,
         inputs=lambda rng, size: product_inputs(rng, size, bias, residual),
         outputs=lambda inputs: {"out": ((len(inputs["x"]), len(inputs["weight"])), np.float32)},
