@@ -211,3 +211,9 @@ def test_an_error_names_the_path_that_was_asked_for(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert caught.value.filename == str(target)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_that_does_not_name_the_file_gets_its_name(tmp_path):
+    with pytest.raises(OSError, match=r"^cannot write .*v\.npy: 9 requested and 2 written$"), replacing(tmp_path / "v.npy"):
+        raise OSError("9 requested and 2 written")
+    assert not list(tmp_path.iterdir())

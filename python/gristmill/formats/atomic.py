@@ -52,8 +52,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):  # what went wrong may be that there is no such place
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None:
-            error.filename, error.filename2 = os.fspath(path), None  # the caller knows no temporary name
+        if not isinstance(error, OSError):
+            raise
+        if error.errno is None:  # NumPy and safetensors tell no more than that they could not write
+            raise OSError(f"cannot write {os.fspath(path)}: {error}") from error
+        error.filename, error.filename2 = os.fspath(path), None  # the caller knows no temporary name
         raise
     _sync(target.parent)
 

@@ -46,7 +46,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         try:
             save_file(arrays, temporary, metadata)
         except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {error}") from error
+            raise OSError(str(error)) from error
 
 
 def load(path: str | os.PathLike[str]) -> Model:

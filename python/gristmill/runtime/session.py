@@ -286,7 +286,7 @@ class Session:
             if not isinstance(array, np.ndarray) or array.dtype != kind.dtype:
                 found = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
                 remedy = f"convert it with np.asarray(..., np.{kind.dtype})"
-                raise ModelError(f"input '{name}' must be a {kind.dtype} array, got {found}; {remedy}")
+                raise ModelError(f"input '{name}' must be an array of {kind.dtype}, got {found}; {remedy}")
             if len(array.shape) != len(kind.shape) or not _matches(array.shape, kind.shape, symbols):
                 known = f" (with {symbols})" if symbols else ""
                 raise ModelError(f"input '{name}' has shape {array.shape}, the model takes {kind}{known}")
