@@ -1,5 +1,7 @@
 """Graphs whose shapes follow from arithmetic or from values."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -94,3 +96,20 @@ def test_such_a_graph_cannot_write_to_bound_memory():
     session = Session(graph(Node("TestPositive", ("x",), ("y",)), outputs=("y",), x=(FLOAT, (3,))))
     with pytest.raises(ModelError, match="cannot be written"):
         session.execute({"x": np.ones(3, np.float32)}, {"y": np.ones(3, np.float32)})
+
+
+def test_threads_share_a_session_of_stages():
+    nodes = (Node("TestPositive", ("x",), ("kept",)), Node("Add", ("kept", "one"), ("y",)))
+    session = Session(graph(*nodes, outputs=("y",), tensors={"one": Dense(np.ones(1, np.float32))}, x=(FLOAT, ("n",))), threads=2)
+    rng = np.random.default_rng(0)
+    given = [rng.standard_normal(n).astype(np.float32) for n in (1, 5, 5, 30, 100)]
+    stacked = np.stack([np.arange(-1, 3)] * 3).astype(np.float32)
+
+    def work(first):
+        for i in range(10):
+            x = given[(first + i) % len(given)]
+            np.testing.assert_array_equal(session.run(x=x)["y"], x[x > 0] + 1)
+            np.testing.assert_array_equal(session.map(x=stacked)["y"], [[2, 3]] * 3)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
