@@ -281,3 +281,50 @@ def test_scratch_is_bounded():
         _core.linear_scratch(-1, N, K, 1)
     with pytest.raises(TypeError, match="pack_dense"):
         _core.PackedDense()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("m", "n", "k"), [(26, 70, 301), (1, 1, 1), (5, 33, 2), (700, 64, 35), (0, 3, 4), (3, 0, 4), (4, 3, 0)])
+def test_panels_of_the_second_operand_change_no_bit(level, bf16, m, n, k):
+    _core.set_isa(level)
+    rng = np.random.default_rng(5)
+    x, dy, values = (rng.standard_normal(shape).astype(np.float32) for shape in ((m, k), (m, n), (n, k)))
+    weight, kind = _core.Weight(values, (n, k)), "_bf16" * bf16
+
+    def products(packed, threads):
+        program, scratch = _core.Program(), scratch_for(m, n, k, threads)
+        made = [np.full(shape, np.nan, np.float32) for shape in ((m, n), (m, k), (n, k))]
+        panels = [
+            np.full(_core.panels_nbytes(d, c, bf16), 255, np.uint8) if packed else None for d, c in ((k, n), (n, k), (m, k))
+        ]
+        getattr(_core, "linear" + kind)(program, x, weight, made[0], None, None, None, scratch, panels[0])
+        getattr(_core, "linear_grad_input" + kind)(program, dy, weight, made[1], scratch, panels[1])
+        getattr(_core, "linear_grad_weight" + kind)(program, dy, x, weight, made[2], scratch, panels[2])
+        program.run(threads)
+        return made
+
+    wanted = products(False, 1)
+    for threads in (1, 2, 3):
+        for got, want in zip(products(True, threads), wanted, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def test_panels_that_do_not_fit(drawn):
+    x, dy = drawn["x"], drawn["dy"]
+    weight = _core.Weight(np.zeros((N, K), np.float32), (N, K))
+    dx, scratch = np.zeros((M, K), np.float32), scratch_for()
+    need = _core.panels_nbytes(N, K, False)
+    with pytest.raises(ValueError, match="panels: .* needed"):
+        _core.linear_grad_input(_core.Program(), dy, weight, dx, scratch, np.zeros(need - 1, np.uint8))
+    whole = np.zeros(max(need, dx.nbytes), np.uint8)
+    inside = whole[: dx.nbytes].view(np.float32).reshape(M, K)
+    with pytest.raises(ValueError, match="overlap"):
+        _core.linear_grad_input(_core.Program(), dy, weight, inside, scratch, whole)
+    out, packed = np.zeros((M, N), np.float32), _core.pack_dense(weight)
+    with pytest.raises(TypeError, match="packed already"):
+        _core.linear(
+            _core.Program(), x, packed, out, None, None, None, scratch, np.zeros(_core.panels_nbytes(K, N, False), np.uint8)
+        )
+    with pytest.raises(ValueError, match="negative"):
+        _core.panels_nbytes(-1, 3, False)

@@ -67,7 +67,8 @@ def model_data(model: Model, loss: losses.Loss, data: Any) -> dict[str, Array]:
     Args:
         model: without the loss.
         loss: what is attached to it.
-        data: `(x, y)` for a model with one input and a loss that takes one more, or arrays by input name.
+        data: `(x, y)` for a loss that takes one input beside the model's: x is an array for a model with one input, else a
+            mapping by input name, or a tuple of arrays in the order of `model.inputs`. Or all arrays by input name.
 
     Raises:
         DataError: an array is missing, does not fit, has values that are not finite, or labels outside the classes.
@@ -89,7 +90,15 @@ def model_data(model: Model, loss: losses.Loss, data: Any) -> dict[str, Array]:
 
 
 def _named(types: Mapping[str, TensorType], data: Any) -> dict[str, Any]:
-    if not isinstance(data, (tuple, list)) or len(data) != 2 or len(types) != 2:
+    """Name the parts of `(x, y)`; the input that the loss adds comes last."""
+    pair = isinstance(data, (tuple, list)) and len(data) == 2
+    *names, last = types
+    x = data[0] if pair else None
+    if pair and isinstance(x, Mapping) and last not in x:
+        return {**x, last: data[1]}
+    if pair and isinstance(x, tuple) and len(x) == len(names) > 1:
+        return {**dict(zip(names, x, strict=True)), last: data[1]}
+    if not pair or len(types) != 2:
         raise DataError(f"data must be (x, y) or a mapping; this training takes a mapping with {sorted(types)}")
     return dict(zip(types, data, strict=True))
 

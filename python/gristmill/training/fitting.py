@@ -23,6 +23,7 @@ from gristmill.training.spec import describe
 from gristmill.training.task import SINGLE, Arrays, FunctionTask, GradientFunction, ModelTask
 
 PLAIN_DESCENT = SGD(0.1)
+TRAINING_PRECISIONS = (None, "float32", "bf16")
 DEFAULT_METRICS = {losses.TARGET: "mse", losses.LABELS: "accuracy"}
 
 
@@ -70,6 +71,7 @@ def fit(
     validation: Any = None,
     metric: str | Callable[[Array, Array], float] | None = None,
     trainable: Iterable[str] | None = None,
+    precision: str | None = None,
     threads: int | None = None,
     worker_timeout: float = 300.0,
     progress: bool | None = None,
@@ -81,9 +83,10 @@ def fit(
 
     Args:
         model: with one output. It is not changed.
-        data: `(x, y)`, or arrays by input name (`labels` or `target`, `teacher`); the first axis is the examples. Dtypes are
+        data: `(x, y)`, where x is an array, or for a model with several inputs a mapping by input name or a tuple in their
+            order; or all arrays by input name (`labels` or `target`, `teacher`). The first axis is the examples. Dtypes are
             converted by NumPy's "same_kind" rule: float64 to float32, any integers to int64 labels.
-        loss: "cross_entropy", "mse", or what `losses.distillation` returns.
+        loss: "cross_entropy", "mse", "cosine", or what `losses.distillation` returns.
         optimizer: applied by the server.
         workers: how many compute gradients.
         engine: "processes" or "inline" (in this process, one after the other).
@@ -98,6 +101,8 @@ def fit(
         validation: as `data`; measured by `metric` after each epoch.
         metric: "accuracy", "cross_entropy", "mse", or a function of (output, target). Default: accuracy, or mse for that loss.
         trainable: names of the tensors to train. Default: all float tensors that influence the output.
+        precision: of the workers' sessions: None, or "bf16" for products of bfloat16 with float32 sums, parameters and optimizer,
+            where the CPU is fast at it.
         threads: of each worker. Default: cores / workers, at least 1.
         worker_timeout: seconds after which a worker without an answer counts as frozen and is ended.
         progress: show a bar on stderr; None for: where that is a terminal.
@@ -117,8 +122,20 @@ def fit(
         >>> result = fit(gm.zoo.mlp([4, 2]), (x, x[:, 0] > 0), epochs=20, engine="inline")
         >>> bool(result.history["loss"][-1] < result.history["loss"][0])
         True
+
+        Teach an encoder to give vectors, here those of random ones:
+
+        >>> encoder = gm.zoo.bert(layers=1, hidden=8, heads=2, vocabulary=50, positions=16)
+        >>> ids = np.random.default_rng(0).integers(0, 50, (16, 6))
+        >>> tokens = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+        >>> vectors = np.random.default_rng(1).standard_normal((16, 8))
+        >>> result = fit(encoder, (tokens, vectors), "cosine", gm.AdamW(1e-2), epochs=5, engine="inline")
+        >>> bool(result.history["loss"][-1] < result.history["loss"][0])
+        True
     """
     check_model(model)
+    if precision not in TRAINING_PRECISIONS:
+        raise ModelError(f"training runs in precision float32 or bf16, got {precision!r}")
     chosen = losses.find(loss)
     settings = Settings(
         optimizer, ending(epochs, until), workers, engine, batch_size, slices, seed, reduction, checkpoint, resume, threads,
@@ -128,8 +145,10 @@ def fit(
     names = trainable_names(model, chosen, trainable)
     spec, initial = describe({name: model.tensors[name].trainable for name in names})
     measure, named = measurement(model, chosen, validation, metric)
-    identity = {"loss": [chosen.op, dict(chosen.attributes)], "metric": named, "model": fingerprint(model, names)}
-    outcome = Descent(ModelTask(model, chosen), spec, arrays, settings, identity, measure).run(initial)
+    identity: dict[str, Any] = {"loss": [chosen.op, dict(chosen.attributes)], "metric": named, "model": fingerprint(model, names)}
+    if precision == "bf16":
+        identity["precision"] = precision
+    outcome = Descent(ModelTask(model, chosen, precision), spec, arrays, settings, identity, measure).run(initial)
     return _fit_result(model, chosen, settings, outcome)
 
 

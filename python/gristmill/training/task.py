@@ -45,19 +45,20 @@ class ModelTask:
 
     model: Model
     loss: losses.Loss
+    precision: str | None = None  # of the Session
 
     def build(self, params: dict[str, Array], threads: int) -> Compute:
         return _ModelGradient(self, params, threads)
 
     def encode(self) -> tuple[dict[str, Any], bytes]:
         loss = asdict(self.loss) | {"attributes": dict(self.loss.attributes)}
-        return {"kind": "model", "loss": loss}, native.to_bytes(self.model)
+        return {"kind": "model", "loss": loss, "precision": self.precision}, native.to_bytes(self.model)
 
 
 class _ModelGradient:
     def __init__(self, task: ModelTask, params: dict[str, Array], threads: int) -> None:
         training = autodiff.gradients(losses.attach(task.model, task.loss), losses.LOSS, params)
-        self._session = Session(training, threads, trainable=params)
+        self._session = Session(training, threads, task.precision, trainable=params)
         self._runs: dict[tuple[int, int], Run] = {}  # by slot and number of examples, of which an epoch has few
 
     def __call__(self, batch: dict[str, Array], slot: int, gradients: dict[str, Array]) -> float:
@@ -144,7 +145,7 @@ def restructured(batch: dict[str, Array], structure: str) -> Batch:
 def decode(header: dict[str, Any], payload: bytes) -> Task:
     """Rebuild a task in a worker. The payload comes from the process that started it, never from a file or a network."""
     if header["kind"] == "model":
-        return ModelTask(native.from_bytes(payload), losses.Loss(**header["loss"]))
+        return ModelTask(native.from_bytes(payload), losses.Loss(**header["loss"]), header["precision"])
     import cloudpickle
 
     return FunctionTask(cloudpickle.loads(payload), header["structure"], header["single"])

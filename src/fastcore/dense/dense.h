@@ -124,7 +124,7 @@ void fc_linear(const void *args, int rank, int size);
 typedef struct fc_linear_grad_args {
     int64_t m;
     int bf16;
-    const float *dy, *x;  /* x: fc_linear_grad_weight only */
+    const float *dy, *x; /* x: fc_linear_grad_weight only */
     const float *packed; /* the weight, or x, by fc_pack_operand; NULL where it is read in place */
     fc_weight weight;
     float *to;

@@ -168,7 +168,8 @@ static void pack_panels(const product *p, const float *in, int64_t stride, int64
                 for (int64_t i = 0; i < words; i++) {
                     const int64_t value = 2 * (word + d + i);
                     const float *first = in + value * stride + left;
-                    fc_kernels.pair_f32_bf16(first, value + 1 < p->values ? first + stride : NULL, right - left, piece + i * GROUP);
+                    fc_kernels.pair_f32_bf16(first, value + 1 < p->values ? first + stride : NULL, right - left,
+                                             piece + i * GROUP);
                 }
                 rows = (const float *)piece;
                 step = GROUP;
