@@ -19,6 +19,7 @@ from gristmill.tensor.parts import Array
 ROWS = 128  # of a chunk of packed sentences: enough for the matrix products, few enough for a core's cache
 ROUND = 16  # plans have multiples of this many rows
 SEGMENTS = (1, 4, 16, 64, 256)  # and one of these numbers of segments, the last of which may be empty
+PART = 1024  # sentences that the tokenizer is given at a time
 LENGTH = 1 << 20  # what a tokenizer may be asked to truncate to
 
 
@@ -99,7 +100,8 @@ class Embedder:
         texts = check_sentences(sentences)
         if not isinstance(batch_size, (int, np.integer)) or isinstance(batch_size, bool) or batch_size < 1:
             raise ModelError(f"batch_size must be at least 1 and whole, got {batch_size!r}")
-        tokens = self.tokenizer(texts)
+        parts = range(0, len(texts), PART)  # between which Ctrl-C is heard
+        tokens = [each for start in parts for each in self.tokenizer(texts[start : start + PART])]
         self._check(tokens)
         order = sorted(range(len(texts)), key=lambda i: -len(tokens[i][0]))
         vectors = np.zeros((len(texts), self.width), np.float32)

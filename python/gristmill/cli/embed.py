@@ -49,7 +49,9 @@ def embed(
     seconds = time.perf_counter() - begin
     vectors = np.concatenate([np.empty((0, embedder.width), np.float32), *parts])
     write_vectors(out, sentences, vectors)
-    notes().print(f"{len(sentences)} sentences in {seconds:.3f} s, {len(sentences) / max(seconds, 1e-9):.0f} /s")
+    notes().print(
+        f"{len(sentences)} sentence{'s' * (len(sentences) != 1)} in {seconds:.3f} s, {len(sentences) / max(seconds, 1e-9):.0f} /s"
+    )
 
 
 def read_sentences(texts: list[str] | None, source: Path | None) -> list[str]:
