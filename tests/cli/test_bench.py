@@ -26,7 +26,7 @@ from gristmill.cli import app
 # Workers that know nothing but the protocol: they say who they are, and take as long as they are told.
 SLEEPER = (
     "import os, time; from gristmill.bench.protocol import serve; print(os.getpid(), flush=True); "
-    "serve(lambda: time.sleep(float(sys.argv[2])))"
+    "serve(1, lambda: time.sleep(float(sys.argv[2])))"
 )
 
 

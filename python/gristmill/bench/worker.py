@@ -51,7 +51,7 @@ def timed(engine: Any, job: dict[str, Any]) -> None:
         run(feed)
         return (time.perf_counter() - begin) / batches
 
-    serve(call)
+    serve(job["threads"], call)
 
 
 def quality(engine: Any, job: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ def train(engine: Any, job: dict[str, Any]) -> None:
     cache = Path(job["cache"])
     feed = inputs.batch(cache, job["batch"], job["length"])
     call: Call = engine.trainer(cache, job["precision"], job["threads"], job["variant"], feed)
-    serve(call)
+    serve(job["threads"], call)
 
 
 def describe(engine: Any, job: dict[str, Any]) -> None:
