@@ -315,7 +315,7 @@ def test_panels_that_do_not_fit(drawn):
     weight = _core.Weight(np.zeros((N, K), np.float32), (N, K))
     dx, scratch = np.zeros((M, K), np.float32), scratch_for()
     need = _core.panels_nbytes(N, K, False)
-    with pytest.raises(ValueError, match="panels: .* needed"):
+    with pytest.raises(ValueError, match=r"panels: .* needed"):
         _core.linear_grad_input(_core.Program(), dy, weight, dx, scratch, np.zeros(need - 1, np.uint8))
     whole = np.zeros(max(need, dx.nbytes), np.uint8)
     inside = whole[: dx.nbytes].view(np.float32).reshape(M, K)
