@@ -313,7 +313,7 @@ include "vision/vision.pxi"
 
 
 def packed_nbytes(object pack, Weight weight not None):
-    """Return the bytes that pack_dense, pack_bf16, pack_int8, pack_sparse or a packer will allocate for a weight, before any is."""
+    """Return the bytes that a packing function or a packer will allocate for a weight, before any is."""
     if isinstance(pack, ConvolutionPacker):
         return pack.packed_nbytes(weight)
     sizes = {
