@@ -85,3 +85,15 @@ def test_shape_arithmetic_keeps_examples_apart():
     session = Session(Model(tail, tensors, {"x": x}, ("y",)), 2)
     np.testing.assert_array_equal(session.run(x=given)["y"], given.reshape(600, 24) + np.float32(600))
     assert not cut(session)
+
+
+def test_an_encoder_is_cut():
+    model = gm.zoo.bert(layers=1, hidden=16, heads=2, vocabulary=50, positions=32)
+    ids = np.random.default_rng(0).integers(1, 50, (64, 16))
+    given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    session = Session(model, 2)
+    made = session.run(**given)
+    assert cut(session)
+    whole = Session(model, 1, reference=True).run(**given)
+    for name, array in made.items():
+        np.testing.assert_allclose(array, whole[name], atol=1e-4)

@@ -150,25 +150,28 @@ def _tallest(graph: Model, shapes: Shapes, batch: int, elsewhere: Mapping[str, A
     split, varying = set(graph.inputs), set[str]()
     tallest = batch
     for node in graph.nodes:
-        if node.name in shapes.values:
-            varying.update(name for name in node.outputs if not _same(shapes.values[name], elsewhere.get(name)))
+        if all(_same(shapes.values.get(name), elsewhere.get(name)) for name in node.outputs):
             continue
         flags = [name in split for name in node.inputs]
+        kinds = [shapes.types[name] if name else None for name in node.inputs]
+        made = [shapes.types[name] for name in node.outputs]
+        apart = any(flags) and _leads(made, batch) and find(node).separable(node, flags, kinds, made)
+        if not apart and node.name in shapes.values:
+            varying.update(node.outputs)
+            continue
         if varying.intersection(node.inputs) and not isinstance(find(node), View):
             return None
         if not any(flags):
             continue
-        kinds = [shapes.types[name] if name else None for name in node.inputs]
-        made = [shapes.types[name] for name in node.outputs]
-        if not _leads(made, batch) or not find(node).separable(node, flags, kinds, made):
+        if not apart:
             return None
         split.update(node.outputs)
         tallest = max(tallest, *(as_rows(kind.extents)[0] for kind in made if kind.shape))
     return tallest if all(name in split for name in graph.outputs) else None
 
 
-def _same(here: Array, there: Array | None) -> bool:
-    return there is not None and np.array_equal(here, there)
+def _same(here: Array | None, there: Array | None) -> bool:
+    return here is not None and there is not None and np.array_equal(here, there)
 
 
 def _leads(made: Sequence[TensorType], batch: int) -> bool:
