@@ -34,23 +34,17 @@ class Bound:
         self.plan.run(self.threads)
         return {name: self.bound[name] if name in self.bound else array.copy() for name, array in self.plan.outputs.items()}
 
-    @property
-    def program(self) -> _core.Program | None:
-        """The one program that the plan is, if it is no more than that."""
-        segments = self.plan.segments
-        return segments[0] if len(segments) == 1 and isinstance(segments[0], _core.Program) else None
-
 
 class Mapped:
     """The same plan on several threads, each with memory of its own.
 
     Args:
-        ranks: equal plans, one for each thread, each a single program.
+        plans: equal plans, one for each thread, each a single program.
     """
 
-    def __init__(self, ranks: Sequence[Bound]) -> None:
-        self.programs = [rank.program for rank in ranks if rank.program is not None]
-        self.plans = [rank.plan for rank in ranks]
+    def __init__(self, plans: Sequence[Plan]) -> None:
+        self.plans = plans
+        self.programs = [plan.program for plan in plans]
 
     @property
     def kinds(self) -> dict[str, TensorType]:
@@ -118,7 +112,7 @@ def examples_per_item(graph: Model, shapes: Shapes, threads: int, at: Callable[[
     what is known of the graph at another batch size.
     """
     batch = _batch(graph, shapes)
-    if not batch or shapes.pending:
+    if batch is None or batch < max(2, threads) or shapes.pending:
         return None
     try:
         elsewhere = at(batch + 1).values
@@ -159,9 +153,11 @@ def _tallest(graph: Model, shapes: Shapes, batch: int, elsewhere: Mapping[str, A
         if not apart and node.name in shapes.values:
             varying.update(node.outputs)
             continue
-        if varying.intersection(node.inputs) and not isinstance(find(node), View):
+        shaped = varying.intersection(node.inputs)
+        if shaped and not isinstance(find(node), View):
             return None
         if not any(flags):
+            varying.update(node.outputs if shaped else ())
             continue
         if not apart:
             return None

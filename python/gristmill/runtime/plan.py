@@ -249,7 +249,7 @@ class Layout:
 
     def _constant(self, name: str) -> Buffer:
         if name in self.values:
-            array = np.ascontiguousarray(self.values[name]).reshape(self.values[name].shape)
+            array = np.asarray(self.values[name], order="C")
             return Buffer(array.shape, array.dtype, array)
         tensor, trained = self.model.tensors[name], self.trainable.get(name)
         if trained is not None and tensor.kind not in ("dense", "bf16"):
@@ -339,6 +339,13 @@ class Plan:
             self._bind(step, arena, weights, layout.threads)
             before = group
         self._arena = arena  # programs hold addresses in it
+
+    @property
+    def program(self) -> _core.Program:
+        """The one program of a plan without Python steps."""
+        (segment,) = self.segments
+        assert isinstance(segment, _core.Program)
+        return segment
 
     def _bind(self, step: Step, arena: Array, weights: Weights, threads: int) -> None:
         args = [arg.view(arena) if isinstance(arg, Buffer) else arg for arg in step.args]

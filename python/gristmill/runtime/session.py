@@ -76,11 +76,7 @@ class Session:
         self.memory = memory or Memory()
         self.weights = Weights(compiled, self.trainable, self.memory)
         self._graph = compiled  # or, in a later stage of a graph, a part of it over the same weights
-        low = (
-            precision == "bf16"
-            or (precision is None and any(is_int8(t) for t in compiled.tensors.values()))
-            or precision == "int8"
-        )
+        low = precision in ("bf16", "int8") or (precision is None and any(map(is_int8, compiled.tensors.values())))
         self.options = Options(precision, low, reference, in_place)
         self._runs: OrderedDict[Any, Run] = OrderedDict()
         self._arena = self.memory.allocate(0)
@@ -256,7 +252,7 @@ class Session:
             self.memory.release(sum(arena.nbytes for arena in self._arenas))
             self._arenas = []
             self._arenas = [self.memory.allocate(layout.nbytes) for _ in range(self.threads)]
-        return Mapped([Bound(Plan(layout, arena, self.weights), {}, 1) for arena in self._arenas])
+        return Mapped([Plan(layout, arena, self.weights) for arena in self._arenas])
 
     def _over(self, graph: Model) -> Run:
         """Return a run of a part of the graph, all of whose inputs have concrete types."""
