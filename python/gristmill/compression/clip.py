@@ -46,6 +46,10 @@ class Clip(Pass):
         if self.percentile is not None and not (is_number(self.percentile) and 0 < self.percentile <= 100):
             raise ModelError(f"Clip: percentile must lie in (0, 100], got {self.percentile!r}")
 
+    @property
+    def local(self) -> bool:
+        return True
+
     def apply(self, model: Model, context: Context) -> Model:
         clipped: dict[str, Tensor] = {}
         for name in targets(model, self.names, self.skip):

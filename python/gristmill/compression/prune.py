@@ -52,6 +52,13 @@ class Prune(Pass):
         if self.scope not in ("global", "layer"):
             raise ModelError(f"Prune: unknown scope {self.scope!r}; choose global or layer")
 
+    @property
+    def local(self) -> bool:
+        return self.scope == "layer"
+
+    def works_on(self, model: Model) -> list[str]:
+        return [name for name in super().works_on(model) if self._fits(model, name, PATTERNS[self.pattern])]
+
     def apply(self, model: Model, context: Context) -> Model:
         block = PATTERNS[self.pattern]
         names = [name for name in targets(model, self.names, self.skip) if self._fits(model, name, block)]
