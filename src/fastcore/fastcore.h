@@ -16,6 +16,7 @@
 #include "cpu.h"
 #include "dense/dense.h"
 #include "nn/nn.h"
+#include "prune/prune.h"
 #include "quant/quant.h"
 #include "sparse/sparse.h"
 #include "status.h"
@@ -29,6 +30,7 @@
     FC_ATTENTION_SLOTS(SLOT)                                                                                                     \
     FC_DENSE_SLOTS(SLOT)                                                                                                         \
     FC_NN_SLOTS(SLOT)                                                                                                            \
+    FC_PRUNE_SLOTS(SLOT)                                                                                                         \
     FC_QUANT_SLOTS(SLOT)                                                                                                         \
     FC_SPARSE_SLOTS(SLOT)                                                                                                        \
     FC_TEXT_SLOTS(SLOT)                                                                                                          \
