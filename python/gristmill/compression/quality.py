@@ -205,21 +205,6 @@ def _similarities(values: Array) -> Array:
     return unit @ unit.T
 
 
-def spearman(a: Array, b: Array) -> float:
-    """Return Spearman's rank correlation of two vectors; 1 where there is nothing to rank.
-
-    Example:
-        >>> spearman(np.array([1.0, 2.0, 3.0]), np.array([10.0, 30.0, 20.0]))
-        0.5
-    """
-    if len(a) < 2:
-        return 1.0
-    first, second = _ranks(a), _ranks(b)
-    first, second = first - first.mean(), second - second.mean()
-    size = float(np.sqrt((first @ first) * (second @ second)))
-    return float(first @ second) / size if size > 0 else 1.0
-
-
 def _ranks(values: Array) -> Array:
     """Return ranks from 1; equal values share the mean of theirs."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
