@@ -139,7 +139,9 @@ def measure_layers(
             times[key] = _layer_latency(tensor, threads)
         return times[key]
 
-    shared = [name for name in before.weights if name in after.tensors and after.tensors[name].shape == before.tensors[name].shape]
+    shared = [
+        name for name in before.weights if name in after.tensors and after.tensors[name].shape == before.tensors[name].shape
+    ]
     alone = output_errors(before, after, shared, yardstick, threads)
     order = sorted(alone, key=lambda name: -alone[name])
     made, put_back = [], set(reverted)

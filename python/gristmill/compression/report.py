@@ -94,10 +94,15 @@ class Layer:
 
     @property
     def slower(self) -> dict[str, float]:
-        """How many times slower the sparse weight is than its dense twin, for the rows where it is."""
-        dense = self.latency_ms_dense or {}
+        """How many times slower the sparse weight is than its dense twin, for the rows where it is; where the line through
+        several sparsities says otherwise, one of the two figures is noise."""
+        dense, starts = self.latency_ms_dense or {}, self.break_even or {}
         ratios = {rows: self.latency_ms_after[rows] / each for rows, each in dense.items() if each > 0}
-        return {rows: ratio for rows, ratio in ratios.items() if ratio >= WORTH_SAYING}
+        return {
+            rows: ratio
+            for rows, ratio in ratios.items()
+            if ratio >= WORTH_SAYING and ((start := starts.get(rows)) is None or start > self.sparsity)
+        }
 
 
 @dataclass(frozen=True)
