@@ -1,8 +1,8 @@
 """Compression weight by weight, from a mapped file to a file: what is in memory is one weight and what is made of it.
 
-The dense tensors of a mapped file take no memory until they are touched, and none any more when their pages are given back. What
-has become of a weight is written to a file of its own at once, so that a run that was killed goes on with the next one; in the end
-the files are joined.
+The dense tensors of a mapped file take no memory until they are touched, and none any more when their pages are given back.
+What has become of a weight is written to a file of its own at once, so that a run that was killed goes on with the next one; in
+the end the files are joined.
 """
 
 import json
@@ -83,9 +83,9 @@ def compress_file(
 ) -> Report:
     """Compress a model file that need not fit into memory, weight by weight.
 
-    For recipes of local passes: those for which a weight's fate depends on that weight alone, such as `Clip`, `Prune` by magnitude
-    with scope "layer", and `Quantize` without calibration. The file is the one that `compress` and `save` would have written, but
-    for nothing. Neither quality nor speed is measured; load the result to do so.
+    For recipes of local passes: those for which a weight's fate depends on that weight alone, such as `Clip`, `Prune` by
+    magnitude within a layer, and `Quantize` without calibration. The file is the one that `compress` and `save` would have
+    written. Neither quality nor speed is measured; load the result to do so.
 
     Args:
         source: a native file, which is mapped; other formats are read into memory.

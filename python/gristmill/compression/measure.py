@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gristmill.compression.break_even import break_even, dense_twin, layer_latency
 from gristmill.compression.examples import Examples
 from gristmill.compression.mixing import with_weights_of

@@ -108,7 +108,7 @@ def _path(
 ) -> None:
     """Draw points in the order of the passes, each with its name and the interval that it lies in."""
     axes.plot(across, values, color=QUIET, linewidth=1, zorder=1)
-    for x, y, interval in zip(across, values, intervals, strict=True):
+    for x, interval in zip(across, intervals, strict=True):
         if interval is not None:
             axes.plot([x, x], interval, color=QUIET, linewidth=1, zorder=1)
     colors = [QUIET, *[COLORS[0]] * (len(names) - 2), ACCENT][-len(names) :] if len(names) > 1 else [ACCENT]

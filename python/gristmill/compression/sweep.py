@@ -178,11 +178,12 @@ def sensitivity(
     context = Context(model, examples, seed, check_threads(threads), False)
     few = sample(model, examples)
     yardstick = Yardstick(model, few, metric, answers(model, few, context.threads))
-    identity = {
+    told = "" if metric is None else name_of(metric)
+    identity: dict[str, Any] = {
         "passes": [described(step) for step in passes],
         "model": model_checksum(model),
         "data": None if examples is None else data_checksum(tuple(examples)),
-        "metric": "" if metric is None else name_of(metric),
+        "metric": told,
         "seed": seed,
     }
     known = _read(Path(state), identity) if state is not None else {}
@@ -192,7 +193,7 @@ def sensitivity(
             known[name, label] = _tried(model, step, name, label, yardstick, context)
             if state is not None:
                 _write(Path(state), identity, known.values())
-    return Sensitivity(tuple(known[name, label] for name, label, _ in plan), identity["metric"])
+    return Sensitivity(tuple(known[name, label] for name, label, _ in plan), told)
 
 
 def _plan(model: Model, passes: Sequence[Pass]) -> list[tuple[str, str, Pass | None]]:
