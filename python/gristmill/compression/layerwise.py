@@ -107,7 +107,7 @@ def compress_file(
     Example:
         >>> import tempfile, gristmill as gm
         >>> folder = tempfile.mkdtemp()
-        >>> gm.save(gm.zoo.mlp([64, 64]), folder + "/model.safetensors")
+        >>> gm.save(gm.zoo.mlp([256, 256]), folder + "/model.safetensors")
         >>> report = compress_file(folder + "/model.safetensors", folder + "/small.safetensors", [gm.Quantize("int8")])
         >>> report.bytes_after < report.bytes_before / 3
         True
@@ -165,6 +165,11 @@ def touched(recipe: Sequence[Pass], model: Model) -> list[str]:
             )
     wanted = {name for step in recipe for name in step.works_on(model)}
     return [name for name in model.tensors if name in wanted]
+
+
+def goes_by_weight(recipe: Sequence[Pass], model: Model, target: Path) -> bool:
+    """Whether `compress_file` serves: all passes are local, and the target is a native file."""
+    return target.suffix == ".safetensors" and bool(recipe) and all(step.local for step in recipe)
 
 
 def needed_bytes(model: Model, names: Sequence[str]) -> int:

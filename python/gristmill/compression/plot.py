@@ -47,14 +47,24 @@ def _save(figure: Any, path: Path) -> None:
         figure.savefig(temporary, dpi=150, format="png")
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+def need_matplotlib() -> tuple[Any, Any]:
+    """Return matplotlib's figure and canvas.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("matplotlib", "compress") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    return Figure, FigureCanvasAgg
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    make, canvas = need_matplotlib()
+    figure = make(figsize=(width, height), layout="constrained")
+    canvas(figure)
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
@@ -77,15 +87,17 @@ def quality(figures: Mapping[str, Any]) -> Any:
         speeds = [stage["per_second"][case] for stage in stages]
         _path(axes[1], speeds, values, intervals, [stage["name"] for stage in stages])
         axes[1].set_xlabel(f"examples in a second, at {_case(case)}", fontsize=8)
+        axes[1].xaxis.set_major_formatter("{x:,.0f}")
+        axes[1].set_xlim(0, 1.22 * max(speeds))
     gate = figures.get("gate")
     if gate is not None and figures["metric"] and stages[0]["metric"] is not None and what == figures["metric"]:
         sign = 1 if figures["metric"] in ("cross_entropy", "mse") else -1
         for each in axes:
             each.axhline(stages[0]["metric"] + sign * gate["max_drop"], color="black", linewidth=1, linestyle=":")
             each.set_title("dotted: max_drop", fontsize=7, loc="right")
+    axes[0].set_xlim(0, 1.22 * max(sizes))
     for each in axes:
-        each.set_xlim(left=0)
-        each.margins(x=0.18, y=0.15)
+        each.margins(y=0.15)
     return figure
 
 
