@@ -22,6 +22,7 @@ SEQUENCES = 256  # as many of them where an example is a sequence
 PAIRED = 200  # vectors whose similarities are ranked: 19,900 pairs
 RESAMPLES, RANKED_RESAMPLES = 1000, 100
 CONFIDENCE = 0.95
+DECIMALS = 12  # of a cosine: what differs by less is taken for equal, and shares its rank
 PIECE = 1 << 20  # elements compared at a time
 
 
@@ -202,7 +203,7 @@ def agreement_of_ranks(after: Array, before: Array) -> Figure:
 def _similarities(values: Array) -> Array:
     flat = values.reshape(len(values), -1).astype(np.float64)
     unit = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-30)
-    return unit @ unit.T
+    return np.round(unit @ unit.T, DECIMALS)
 
 
 def _ranks(values: Array) -> Array:

@@ -330,7 +330,7 @@ def _spelled(hint: Any) -> str:
 def _nearest(name: str, choices: Iterable[str]) -> str:
     known_names = list(choices)
     lowered = {each.lower(): each for each in known_names}
-    close = get_close_matches(name.lower(), lowered, 1, 0.5)
+    close = get_close_matches(name.lower(), lowered, 1)
     return f"; did you mean {lowered[close[0]]!r}?" if close else f" (known: {', '.join(known_names)})"
 
 
