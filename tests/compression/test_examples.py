@@ -15,13 +15,21 @@ IDS, ONES, TYPES = RNG.integers(0, 50, (8, 12)), np.ones((8, 12), np.int64), np.
 NAMED = {"input_ids": IDS, "attention_mask": ONES, "token_type_ids": TYPES}
 
 FORMS = {
-    "x": (MLP, X, False), "pair": (MLP, (X, Y), True), "mapping": (MLP, {"x": X}, False), "labelled": (MLP, {"x": X, "labels": Y}, True),
-    "float64": (MLP, X.astype("f8"), False), "lists": (MLP, (X.tolist(), Y.tolist()), True), "generator": (MLP, (part for part in (X[:7], X[7:])), False),
-    "batches": (MLP, [{"x": X[:7]}, {"x": X[7:]}], False), "batches and labels": (MLP, ([{"x": X[:7]}, {"x": X[7:]}], Y), True),
-    "by name": (BERT, NAMED, False), "by order": (BERT, (IDS, ONES, TYPES), False),
-    "several and labels": (BERT, ((IDS, ONES, TYPES), Y[:8]), True), "named and labels": (BERT, (NAMED, Y[:8]), True),
+    "x": (MLP, X, False),
+    "pair": (MLP, (X, Y), True),
+    "mapping": (MLP, {"x": X}, False),
+    "labelled": (MLP, {"x": X, "labels": Y}, True),
+    "float64": (MLP, X.astype("f8"), False),
+    "lists": (MLP, (X.tolist(), Y.tolist()), True),
+    "generator": (MLP, (part for part in (X[:7], X[7:])), False),
+    "batches": (MLP, [{"x": X[:7]}, {"x": X[7:]}], False),
+    "batches and labels": (MLP, ([{"x": X[:7]}, {"x": X[7:]}], Y), True),
+    "by name": (BERT, NAMED, False),
+    "by order": (BERT, (IDS, ONES, TYPES), False),
+    "several and labels": (BERT, ((IDS, ONES, TYPES), Y[:8]), True),
+    "named and labels": (BERT, (NAMED, Y[:8]), True),
     "int32": (BERT, {name: array.astype("i4") for name, array in NAMED.items()}, False),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("model", "data", "labelled"), FORMS.values(), ids=FORMS)

@@ -152,7 +152,8 @@ def layer(**changes):
     given = {
         "name": "w", "kind": "1x4 int8", "shape": (8, 8), "error": 0.1, "output_error": None, "sensitivity_rank": None,
         "sparsity": 0.5, "seconds": None, "bytes_before": 9, "bytes_after": 3, "latency_ms_before": {"1": 1.0, "256": 4.0},
-        "latency_ms_after": {"1": 2.0, "256": 1.0}, "latency_ms_dense": {"1": 1.0, "256": 2.0}, "break_even": {"1": 0.9, "256": 0.3},
+        "latency_ms_after": {"1": 2.0, "256": 1.0}, "latency_ms_dense": {"1": 1.0, "256": 2.0},
+        "break_even": {"1": 0.9, "256": 0.3},
     }  # fmt: skip
     return Layer(**{**given, **changes})
 

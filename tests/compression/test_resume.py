@@ -254,7 +254,7 @@ def test_what_cannot_go_weight_by_weight_is_named(model, tmp_path):
         with pytest.raises(ModelError, match="looks at more than one weight at a time"):
             gm.compress_file(source, target, [step])
     with pytest.raises(ModelError, match="more than one weight"):
-        gm.compress_file(source, target, LOCAL + [gm.Distill()])
+        gm.compress_file(source, target, [*LOCAL, gm.Distill()])
     with pytest.raises(FormatError, match="safetensors"):
         gm.compress_file(source, tmp_path / "small.onnx", LOCAL)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
