@@ -166,7 +166,7 @@ def test_a_killed_command_goes_on(folder, signal_sent, memory):
     assert result.exit_code == 0, result.output
     assert not state.exists()
     fresh = folder / "fresh.safetensors"
-    gm.save(gm.compress(gm.load(folder / "m.safetensors"), [gm.Clip(percentile=99), gm.Prune(0.5), gm.Quantize()])[0], fresh)
+    gm.save(gm.compress(gm.load(folder / "m.safetensors"), [gm.Clip(percentile=99.0), gm.Prune(0.5), gm.Quantize()])[0], fresh)
     assert (folder / "o.safetensors").read_bytes() == fresh.read_bytes()
 
 
