@@ -31,7 +31,7 @@ _load_core()
 
 if TYPE_CHECKING:
     from gristmill import zoo
-    from gristmill.compression import Clip, Distill, Prune, Quantize, compress
+    from gristmill.compression import Clip, Distill, Prune, Quantize, RemoveHeads, RemoveLayers, compress
     from gristmill.edge import EdgeTrainer
     from gristmill.formats import load, save
     from gristmill.metrics import evaluate
@@ -56,6 +56,8 @@ _HOMES = {
     "Momentum": "optim",
     "Prune": "compression",
     "Quantize": "compression",
+    "RemoveHeads": "compression",
+    "RemoveLayers": "compression",
     "SGD": "optim",
     "Session": "runtime.session",
     "Until": "training",
@@ -71,8 +73,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "Adam", "AdamW", "Clip", "Distill", "EdgeTrainer", "Model", "Momentum", "Prune", "Quantize", "SGD", "Session", "Until",
-    "__version__", "compress", "embed", "evaluate", "fit", "fit_gradient", "kernels", "load", "save", "serve", "zoo",
+    "Adam", "AdamW", "Clip", "Distill", "EdgeTrainer", "Model", "Momentum", "Prune", "Quantize", "RemoveHeads", "RemoveLayers",
+    "SGD", "Session", "Until", "__version__", "compress", "embed", "evaluate", "fit", "fit_gradient", "kernels", "load", "save",
+    "serve", "zoo",
 ]  # fmt: skip
 
 

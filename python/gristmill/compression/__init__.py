@@ -6,5 +6,6 @@ from gristmill.compression.pipeline import compress
 from gristmill.compression.prune import Prune
 from gristmill.compression.quantize import Quantize
 from gristmill.compression.report import Report
+from gristmill.compression.structure import RemoveHeads, RemoveLayers
 
-__all__ = ["Clip", "Distill", "Prune", "Quantize", "Report", "compress"]
+__all__ = ["Clip", "Distill", "Prune", "Quantize", "RemoveHeads", "RemoveLayers", "Report", "compress"]
