@@ -40,9 +40,7 @@ def break_even(tensor: Sparse, threads: int) -> dict[str, float | None]:
 
 
 @lru_cache(maxsize=64)
-def _break_even(
-    shape: tuple[int, int], block: tuple[int, int], int8: bool, threads: int
-) -> tuple[tuple[str, float | None], ...]:
+def _break_even(shape: tuple[int, int], block: tuple[int, int], int8: bool, threads: int) -> tuple[tuple[str, float | None], ...]:
     rng = np.random.default_rng(0)
     weight = rng.standard_normal(shape, dtype=np.float32)
     times = []

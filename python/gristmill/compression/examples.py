@@ -114,7 +114,11 @@ def _named(what: str, model: Model, inputs: Any) -> dict[str, Any]:
         return dict(zip(model.inputs, inputs, strict=True))
     if isinstance(inputs, list) and inputs and isinstance(inputs[0], str):
         return tokenized(what, model, inputs)
-    if isinstance(inputs, Iterable) and not isinstance(inputs, (np.ndarray, list, str, bytes)) and not hasattr(inputs, "__array__"):
+    if (
+        isinstance(inputs, Iterable)
+        and not isinstance(inputs, (np.ndarray, list, str, bytes))
+        and not hasattr(inputs, "__array__")
+    ):
         return _joined(what, model, inputs)
     if isinstance(inputs, list) and inputs and isinstance(inputs[0], (Mapping, tuple)):
         return _joined(what, model, inputs)
@@ -142,7 +146,9 @@ def _joined(what: str, model: Model, batches: Iterable[Any]) -> dict[str, Any]:
             longest = max(array.shape[1] for array in arrays)
             arrays = [np.pad(array, ((0, 0), (0, longest - array.shape[1]))) for array in arrays]
         if any(array.ndim == 0 or array.shape[1:] != arrays[0].shape[1:] for array in arrays):
-            raise DataError(f"{what}: batches of '{name}' differ beyond their first axis: {[array.shape for array in arrays][:4]}")
+            raise DataError(
+                f"{what}: batches of '{name}' differ beyond their first axis: {[array.shape for array in arrays][:4]}"
+            )
         joined[name] = np.concatenate(arrays)
     return joined
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gristmill.compression.break_even import break_even, dense_twin, layer_latency
 from gristmill.compression.examples import Examples
 from gristmill.compression.mixing import with_weights_of
@@ -139,7 +137,9 @@ def measure_layers(
             times[key] = _layer_latency(tensor, threads)
         return times[key]
 
-    shared = [name for name in before.weights if name in after.tensors and after.tensors[name].shape == before.tensors[name].shape]
+    shared = [
+        name for name in before.weights if name in after.tensors and after.tensors[name].shape == before.tensors[name].shape
+    ]
     alone = output_errors(before, after, shared, yardstick, threads)
     order = sorted(alone, key=lambda name: -alone[name])
     made, put_back = [], set(reverted)

@@ -123,13 +123,6 @@ class Prune(Pass):
         literal = "".join(f"[{character}]" if character in "[*?" else character for character in name)
         return replace(self, sparsity=self._share(name), names=(literal,), skip=())
 
-    @property
-    def local(self) -> bool:
-        return self.scope == "layer"
-
-    def works_on(self, model: Model) -> list[str]:
-        return [name for name in super().works_on(model) if self._fits(model, name, PATTERNS[self.pattern])]
-
     def apply(self, model: Model, context: Context) -> Model:
         shares, _ = self._plan(model)
         for name in shares:

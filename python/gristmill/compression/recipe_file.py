@@ -166,7 +166,6 @@ def known(base: type) -> dict[str, type]:
         >>> known(Pass)["Prune"].__name__
         'Prune'
     """
-    import gristmill.compression  # whose import brings all passes
 
     found: dict[str, type] = {}
     rest = [base]
@@ -300,7 +299,7 @@ def _as_tuple(value: Any, hint: Any, where: str, folder: Path) -> Any:
         return (value,)
     if not isinstance(value, (list, tuple)):
         raise TypeError
-    if len(kinds) == 2 and kinds[1] is Ellipsis or len(kinds) == 1:
+    if (len(kinds) == 2 and kinds[1] is Ellipsis) or len(kinds) == 1:
         kinds = (kinds[0],) * len(value)
     if len(kinds) != len(value):
         raise TypeError
