@@ -178,38 +178,31 @@ def cosines(after: Array, before: Array) -> Array:
 
 def agreement_of_ranks(after: Array, before: Array) -> Figure:
     """Return Spearman's rank correlation of the cosines between all pairs of answers, before and after: whether the model still
-    finds the same things alike. Of the first 200 answers; 1 where there are fewer than 3."""
-    pairs_after, pairs_before = _similarities(after[:PAIRED]), _similarities(before[:PAIRED])
-    count = len(pairs_after)
+    finds the same things alike. Of the first 200 answers; 1 where there are fewer than 3.
 
-    def correlation(rows: Array) -> float:
-        first, second = np.triu_indices(len(rows), 1)
-        first, second = rows[first], rows[second]
-        apart = first != second  # a draw may hold an example twice; it is like itself in every model
-        return spearman(pairs_after[first[apart], second[apart]], pairs_before[first[apart], second[apart]])
-
-    return _resampled(correlation(np.arange(count)), count, RANKED_RESAMPLES, correlation)
+    The interval keeps the ranks that pairs have among all pairs, and counts a pair as often as both its examples were drawn.
+    """
+    count = min(len(after), PAIRED)
+    if count < 3:
+        return Figure(1.0, 1.0, 1.0)
+    first, second = np.triu_indices(count, 1)
+    x, y = np.zeros((2, count, count))
+    for ranks, values in ((x, after), (y, before)):
+        ranks[first, second] = _ranks(_similarities(values[:count])[first, second])
+    pairs = np.triu(np.ones((count, count)), 1)
+    draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RANKED_RESAMPLES)
+    weights = np.concatenate([np.ones((1, count)), draws])
+    n, sx, sy, sxx, syy, sxy = (((weights @ m) * weights).sum(axis=1) for m in (pairs, x, y, x * x, y * y, x * y))
+    spread = np.sqrt(np.maximum(sxx * n - sx * sx, 0) * np.maximum(syy * n - sy * sy, 0))
+    found = np.where(spread > 0, np.clip((sxy * n - sx * sy) / np.where(spread > 0, spread, 1), -1, 1), 1.0)
+    low, high = np.quantile(found[1:], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Figure(float(found[0]), float(low), float(high))
 
 
 def _similarities(values: Array) -> Array:
     flat = values.reshape(len(values), -1).astype(np.float64)
     unit = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-30)
     return unit @ unit.T
-
-
-def spearman(a: Array, b: Array) -> float:
-    """Return Spearman's rank correlation of two vectors; 1 where there is nothing to rank.
-
-    Example:
-        >>> spearman(np.array([1.0, 2.0, 3.0]), np.array([10.0, 30.0, 20.0]))
-        0.5
-    """
-    if len(a) < 2:
-        return 1.0
-    first, second = _ranks(a), _ranks(b)
-    first, second = first - first.mean(), second - second.mean()
-    size = float(np.sqrt((first @ first) * (second @ second)))
-    return float(first @ second) / size if size > 0 else 1.0
 
 
 def _ranks(values: Array) -> Array:
