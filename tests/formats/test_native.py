@@ -45,7 +45,7 @@ def test_round_trip(make, tmp_path):
 
 
 def test_a_folder_with_one_file_is_a_model(tmp_path):
-    model = blocks()
+    model = every_kind()
     save(model, tmp_path / "model.safetensors")
     assert_same(load(tmp_path), model)
 
