@@ -57,6 +57,10 @@ class Quantize(Pass):
         if not is_number(self.percentile) or not 50 < self.percentile <= 100:
             raise ModelError(f"Quantize: percentile must lie above 50 and at most at 100, got {self.percentile!r}")
 
+    @property
+    def local(self) -> bool:
+        return self.calibration is None
+
     def apply(self, model: Model, context: Context) -> Model:
         chosen = targets(model, self.names, self.skip)
         quantized: dict[str, Tensor] = {}

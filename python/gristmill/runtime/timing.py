@@ -27,17 +27,17 @@ def latency(session: Session, inputs: Mapping[str, Array]) -> float:
     return median(times)
 
 
-def random_inputs(model: Model, batch: int, seed: int = 0) -> dict[str, Array]:
+def random_inputs(model: Model, batch: int, seed: int = 0, length: int = LENGTH) -> dict[str, Array]:
     """Draw inputs for a model: normal floats, ids within the tables that they are looked up in, ones for masks and flags.
 
-    Symbolic leading dimensions are set to `batch`, other ones to LENGTH.
+    Symbolic leading dimensions are set to `batch`, other ones to `length`.
     """
     rng = np.random.default_rng(seed)
     leading = {kind.shape[0] for kind in model.inputs.values() if kind.shape}
     rows = table_rows(model)
     inputs = {}
     for name, kind in model.inputs.items():
-        shape = tuple((batch if dim in leading else LENGTH) if isinstance(dim, str) else dim for dim in kind.shape)
+        shape = tuple((batch if dim in leading else length) if isinstance(dim, str) else dim for dim in kind.shape)
         if name in rows:
             inputs[name] = rng.integers(0, rows[name], shape).astype(kind.dtype)
         elif kind.dtype.kind in "biu":
