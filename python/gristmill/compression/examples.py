@@ -33,7 +33,7 @@ class Examples(NamedTuple):
         return dict(self.inputs) if isinstance(self.inputs, Mapping) else {next(iter(model.inputs)): self.inputs}
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """How many examples there are."""
         return len(next(iter(self.inputs.values())) if isinstance(self.inputs, Mapping) else self.inputs)
 
@@ -46,7 +46,7 @@ class Examples(NamedTuple):
     def batches(self, model: Model, size: int) -> Iterator[dict[str, Array]]:
         """Yield the inputs by name, `size` examples at a time."""
         named = self.by_name(model)
-        for start in range(0, self.count, size):
+        for start in range(0, self.number, size):
             yield {name: np.ascontiguousarray(array[start : start + size]) for name, array in named.items()}
 
 
@@ -114,13 +114,7 @@ def _named(what: str, model: Model, inputs: Any) -> dict[str, Any]:
         return dict(zip(model.inputs, inputs, strict=True))
     if isinstance(inputs, list) and inputs and isinstance(inputs[0], str):
         return tokenized(what, model, inputs)
-    if (
-        isinstance(inputs, Iterable)
-        and not isinstance(inputs, (np.ndarray, list, str, bytes))
-        and not hasattr(inputs, "__array__")
-    ):
-        return _joined(what, model, inputs)
-    if isinstance(inputs, list) and inputs and isinstance(inputs[0], (Mapping, tuple)):
+    if _are_batches(inputs):
         return _joined(what, model, inputs)
     if len(model.inputs) > 1:
         wanted = ", ".join(f"{name}: {kind}" for name, kind in model.inputs.items())
@@ -130,6 +124,14 @@ def _named(what: str, model: Model, inputs: Any) -> dict[str, Any]:
     if array.dtype.kind not in "biuf" or array.ndim == 0 or len(array) == 0:
         raise DataError(f"{what} must be x or the tuple (x, labels), x numbers [examples, ...]; got {array.dtype} {array.shape}")
     return {name: array}
+
+
+def _are_batches(inputs: Any) -> bool:
+    """Whether inputs come in parts: a list of mappings or tuples, or an iterable that is no array and no text."""
+    if isinstance(inputs, list):
+        return bool(inputs) and isinstance(inputs[0], (Mapping, tuple))
+    plain = isinstance(inputs, (np.ndarray, str, bytes)) or hasattr(inputs, "__array__")
+    return isinstance(inputs, Iterable) and not plain
 
 
 def _joined(what: str, model: Model, batches: Iterable[Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Compression weight by weight, from a mapped file to a file: what is in memory is one weight and what is made of it.
 
-The dense tensors of a mapped file take no memory until they are touched, and none any more when their pages are given back. What
-has become of a weight is written to a file of its own at once, so that a run that was killed goes on with the next one; in the end
-the files are joined.
+The dense tensors of a mapped file take no memory until they are touched, and none any more when their pages are given back.
+What has become of a weight is written to a file of its own at once, so that a run that was killed goes on with the next one; in
+the end the files are joined.
 """
 
 import json
@@ -83,9 +83,9 @@ def compress_file(
 ) -> Report:
     """Compress a model file that need not fit into memory, weight by weight.
 
-    For recipes of local passes: those for which a weight's fate depends on that weight alone, such as `Clip`, `Prune` by magnitude
-    with scope "layer", and `Quantize` without calibration. The file is the one that `compress` and `save` would have written, but
-    for nothing. Neither quality nor speed is measured; load the result to do so.
+    For recipes of local passes: those for which a weight's fate depends on that weight alone, such as `Clip`, `Prune` by
+    magnitude within a layer, and `Quantize` without calibration. The file is the one that `compress` and `save` would have
+    written. Neither quality nor speed is measured; load the result to do so.
 
     Args:
         source: a native file, which is mapped; other formats are read into memory.
@@ -107,7 +107,7 @@ def compress_file(
     Example:
         >>> import tempfile, gristmill as gm
         >>> folder = tempfile.mkdtemp()
-        >>> gm.save(gm.zoo.mlp([64, 64]), folder + "/model.safetensors")
+        >>> gm.save(gm.zoo.mlp([256, 256]), folder + "/model.safetensors")
         >>> report = compress_file(folder + "/model.safetensors", folder + "/small.safetensors", [gm.Quantize("int8")])
         >>> report.bytes_after < report.bytes_before / 3
         True
@@ -165,6 +165,11 @@ def touched(recipe: Sequence[Pass], model: Model) -> list[str]:
             )
     wanted = {name for step in recipe for name in step.works_on(model)}
     return [name for name in model.tensors if name in wanted]
+
+
+def goes_by_weight(recipe: Sequence[Pass], model: Model, target: Path) -> bool:
+    """Whether `compress_file` serves: all passes are local, and the target is a native file."""
+    return target.suffix == ".safetensors" and bool(recipe) and all(step.local for step in recipe)
 
 
 def needed_bytes(model: Model, names: Sequence[str]) -> int:

@@ -7,8 +7,8 @@ from gristmill.tensor import Tensor
 
 
 def with_weights_of(model: Model, other: Model, names: Iterable[str]) -> Model:
-    """Return `model` with weights of `other`, and with what belongs to them: the bias that is added after each, and the attributes
-    of the nodes that read it (the scale of its activations).
+    """Return `model` with weights of `other`, and with what belongs to them: the bias that is added after each, and the
+    attributes of the nodes that read it (the scale of its activations).
 
     Args:
         model: what is changed.

@@ -48,9 +48,9 @@ def compress(
     Args:
         model: what to compress; also the teacher, unless a `Distill` names another.
         recipe: passes in order, such as `[Clip(), Prune(0.8), Distill(), Quantize("int8")]`; `read_recipe` reads one from a file.
-        data: what passes calibrate and train on: inputs, or (inputs, labels). Inputs are an array for a model of one input, arrays
-            by input name, a tuple in the order of `model.inputs`, sentences for a model with a tokenizer, or an iterable of
-            batches. Inputs alone are enough to report the output error.
+        data: what passes calibrate and train on: inputs, or (inputs, labels). Inputs are an array for a model of one input,
+            arrays by input name, a tuple in the order of `model.inputs`, sentences for a model with a tokenizer, or an iterable
+            of batches. Inputs alone are enough to report the output error.
         validation: the same form; what the report measures the metric and the output error on. Default: `data`.
         metric: "accuracy", "cross_entropy" or "mse" against labels; "cosine" to the original's answers or "spearman" of the
             similarities between all pairs of them, without labels; or a function of (output, target). Default: accuracy for whole

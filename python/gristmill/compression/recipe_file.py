@@ -1,10 +1,14 @@
-"""Recipes as data: to and from plain values, JSON and YAML. What a pass looks like follows from its own fields and their types."""
+"""Recipes as data: to and from plain values, JSON and YAML.
+
+What a pass looks like follows from its own fields and their types, so that a new pass or setting needs nothing here.
+"""
 
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
+from importlib import import_module
 from inspect import isabstract
 from pathlib import Path
 from types import NoneType, UnionType
@@ -166,7 +170,7 @@ def known(base: type) -> dict[str, type]:
         >>> known(Pass)["Prune"].__name__
         'Prune'
     """
-
+    import_module("gristmill.compression")  # brings all passes
     found: dict[str, type] = {}
     rest = [base]
     while rest:
@@ -185,6 +189,8 @@ def _plain(value: Any, where: str, other: Callable[[Any, str], Any]) -> Any:
         return value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, tuple) and value and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
+        return {str(name): _plain(item, where, other) for name, item in value}
     if isinstance(value, (tuple, list)) and not any(isinstance(item, (np.ndarray, Mapping)) for item in value):
         return [_plain(item, where, other) for item in value]
     if is_dataclass(value) and not isinstance(value, (type, Model)):
@@ -299,7 +305,7 @@ def _as_tuple(value: Any, hint: Any, where: str, folder: Path) -> Any:
         return (value,)
     if not isinstance(value, (list, tuple)):
         raise TypeError
-    if (len(kinds) == 2 and kinds[1] is Ellipsis) or len(kinds) == 1:
+    if kinds[1:] in ((), (Ellipsis,)):
         kinds = (kinds[0],) * len(value)
     if len(kinds) != len(value):
         raise TypeError
@@ -325,8 +331,7 @@ def _nearest(name: str, choices: Iterable[str]) -> str:
     known_names = list(choices)
     lowered = {each.lower(): each for each in known_names}
     close = get_close_matches(name.lower(), lowered, 1, 0.5)
-    meant = f"; did you mean {lowered[close[0]]!r}?" if close else ""
-    return f"{meant} (known: {', '.join(known_names)})" if not meant else meant
+    return f"; did you mean {lowered[close[0]]!r}?" if close else f" (known: {', '.join(known_names)})"
 
 
 def _keys(value: Mapping[Any, Any]) -> str:

@@ -55,7 +55,8 @@ class Stage:
     def from_dict(cls, figures: Mapping[str, Any]) -> "Stage":
         """Return a stage from what `asdict` made of it and JSON brought back."""
         intervals = ("metric_interval", "cosine_interval", "spearman_interval")
-        return cls(**{k: tuple(v) if k in intervals and v is not None else v for k, v in figures.items()})
+        restored: dict[str, Any] = {k: tuple(v) if k in intervals and v is not None else v for k, v in figures.items()}
+        return cls(**restored)
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,15 @@ class Layer:
 
     @property
     def slower(self) -> dict[str, float]:
-        """How many times slower the sparse weight is than its dense twin, for the rows where it is."""
-        dense = self.latency_ms_dense or {}
+        """How many times slower the sparse weight is than its dense twin, for the rows where it is; where the line through
+        several sparsities says otherwise, one of the two figures is noise."""
+        dense, starts = self.latency_ms_dense or {}, self.break_even or {}
         ratios = {rows: self.latency_ms_after[rows] / each for rows, each in dense.items() if each > 0}
-        return {rows: ratio for rows, ratio in ratios.items() if ratio >= WORTH_SAYING}
+        return {
+            rows: ratio
+            for rows, ratio in ratios.items()
+            if ratio >= WORTH_SAYING and ((start := starts.get(rows)) is None or start > self.sparsity)
+        }
 
 
 @dataclass(frozen=True)
@@ -240,8 +246,8 @@ def _stages(figures: Mapping[str, Any]) -> Table:
     cases = list(figures["total"]["latency_ms_before"])
     agreed = any(row.get("cosine") is not None for row in figures["stages"])
     rows = [
-        ["stage", figures["metric"] or "metric", "error", *(["cosine", "spearman"] if agreed else []), "file bytes", "weight bytes",
-         *(f"ms at {case}" for case in cases), "kernels"]
+        ["stage", figures["metric"] or "metric", "error", *(["cosine", "spearman"] if agreed else []), "file bytes",
+         "weight bytes", *(f"ms at {case}" for case in cases), "kernels"]
     ]  # fmt: skip
     for row in figures["stages"]:
         agreement = [_number(row["cosine"]), _number(row["spearman"])] if agreed else []

@@ -46,10 +46,10 @@ def revert(
 ) -> Reverted:
     """Revert weights to the original's, with their biases and activation scales, most sensitive first.
 
-    How sensitive a weight is says the error of the answers with that weight alone compressed, one run of a few examples each. How
-    many must go is found by halving: with k weights reverted the drop is taken to be no less than with k + 1. What is returned
-    was measured, so that the bound holds even where that is not so. Where all weights are reverted and other tensors were trained,
-    these go back too, and the model is the original.
+    How sensitive a weight is says the error of the answers with that weight alone compressed, one run of a few examples each.
+    How many must go is found by halving: with k weights reverted the drop is taken to be no less than with k + 1. What is
+    returned was measured, so that the bound holds even where that is not so. Where not even all weights suffice, because other
+    tensors were trained, these go back too, and the model is the original.
 
     Args:
         original, compressed: before and after the recipe.
@@ -115,7 +115,8 @@ def ranking(original: Model, compressed: Model, yardstick: Yardstick, threads: i
 def _drop(model: Model, yardstick: Yardstick, threads: int) -> float:
     figure = yardstick.figure(answers(model, yardstick.examples, threads))
     first = yardstick.figure(yardstick.answers)
-    assert figure is not None and first is not None
+    assert figure is not None
+    assert first is not None
     found = drop_of(yardstick.metric, first.value, figure.value)
     assert found is not None
     return found
