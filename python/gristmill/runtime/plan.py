@@ -6,7 +6,7 @@ binds the steps to addresses. Steps between two Python references form one C seg
 """
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,6 +18,7 @@ from gristmill.errors import ModelError
 from gristmill.model import Model
 from gristmill.ops import Node, find
 from gristmill.ops.op import as_rows, refusal
+from gristmill.ops.products import Product
 from gristmill.runtime.arena import FOREVER, Buffer, Memory, place
 from gristmill.runtime.shapes import Shapes
 from gristmill.tensor import BFloat16, Quantized, Sparse, Tensor, is_int8
@@ -124,6 +125,7 @@ class Layout:
         self.trainable, self.bound, self.in_place = trainable, outputs, options.in_place
         self.precision, self.low_precision = options.precision, options.low_precision
         self.steps: list[Step] = []
+        self.chosen: dict[str, Product] = {}  # by node
         self.scales: dict[str, Buffer] = {}
         self.panels: dict[tuple[str, str, tuple[float, int] | None], tuple[Buffer, Buffer, Buffer | None]] = {}
         self.inputs = {name: self._fresh(name, "rows") for name in model.inputs}
@@ -136,6 +138,9 @@ class Layout:
         self.nbytes = self._place()
 
     # ---- what operators ask for (ops.op.Binder) ----
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.types[name].extents
 
     def rows(self, name: str) -> Buffer:
         """A value in its own shape, C order."""
@@ -168,7 +173,7 @@ class Layout:
 
         Made once and shared.
         """
-        m, k = as_rows(self._shape(name))
+        m, k = as_rows(self.shape(name))
         key = (name, layout, static)
         if key not in self.panels:
             x, form = self.stored(name)
@@ -189,10 +194,10 @@ class Layout:
 
         Where the value is bound to memory of its own it gets a copy; False if it cannot get one here.
         """
-        if prod(buffer.shape) != prod(self._shape(name)):
-            raise ValueError(f"{buffer.shape} cannot be seen as {self._shape(name)}")
+        if prod(buffer.shape) != prod(self.shape(name)):
+            raise ValueError(f"{buffer.shape} cannot be seen as {self.shape(name)}")
         if name not in self.bound:
-            self.forms[name] = {"rows": buffer.reshape(*self._shape(name))}
+            self.forms[name] = {"rows": buffer.reshape(*self.shape(name))}
         elif buffer.dtype == np.float32:
             self.step(_core.scale, buffer, 1.0, self.output(name).reshape(*buffer.shape))
         else:
@@ -233,16 +238,18 @@ class Layout:
     def packed(self, name: str, pack: Callable[..., Any]) -> Packed:
         return Packed(name, pack)
 
+    def choose(self, node: Node, products: Sequence[Product]) -> Product:
+        """The product that a Linear is bound to, of those that can serve it."""
+        self.chosen[node.name] = products[0]
+        return products[0]
+
     def step(self, kernel: Callable[..., None], *args: Any) -> None:
         self.steps.append(Step(self.node, kernel, args))
 
     # ---- inner ----
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return self.types[name].extents
-
     def _fresh(self, name: str, layout: str) -> Buffer:
-        shape, dtype = self._shape(name), self.types[name].dtype
+        shape, dtype = self.shape(name), self.types[name].dtype
         if layout == "lanes":
             return Buffer(as_rows(shape)[::-1], dtype)
         return Buffer(shape, dtype, self.bound.get(name))
