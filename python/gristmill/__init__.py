@@ -31,21 +31,19 @@ _load_core()
 
 if TYPE_CHECKING:
     from gristmill import zoo
-<<<<<<< HEAD
-    from gristmill.compression import Clip, Distill, Prune, Quantize, RemoveHeads, RemoveLayers, compress
-=======
     from gristmill.compression import (
         Clip,
         Distill,
         Prune,
         Quantize,
+        RemoveHeads,
+        RemoveLayers,
         compress,
         compress_file,
         read_recipe,
         sensitivity,
         write_recipe,
     )
->>>>>>> recipes
     from gristmill.edge import EdgeTrainer
     from gristmill.formats import load, save
     from gristmill.metrics import evaluate
@@ -91,15 +89,9 @@ _HOMES = {
 }
 
 __all__ = [
-<<<<<<< HEAD
     "Adam", "AdamW", "Clip", "Distill", "EdgeTrainer", "Model", "Momentum", "Prune", "Quantize", "RemoveHeads", "RemoveLayers",
-    "SGD", "Session", "Until", "__version__", "compress", "embed", "evaluate", "fit", "fit_gradient", "kernels", "load", "save",
-    "serve", "zoo",
-=======
-    "Adam", "AdamW", "Clip", "Distill", "EdgeTrainer", "Model", "Momentum", "Prune", "Quantize", "SGD", "Session", "Until",
-    "__version__", "compress", "compress_file", "embed", "evaluate", "fit", "fit_gradient", "kernels", "load", "read_recipe",
-    "save", "sensitivity", "serve", "write_recipe", "zoo",
->>>>>>> recipes
+    "SGD", "Session", "Until", "__version__", "compress", "compress_file", "embed", "evaluate", "fit", "fit_gradient", "kernels",
+    "load", "read_recipe", "save", "sensitivity", "serve", "write_recipe", "zoo",
 ]  # fmt: skip
 
 
