@@ -45,10 +45,10 @@ class Setting:
     """
 
     length: int = 40
-    round_texts: int = 8192
+    round_texts: int = 4096
     epochs: int = 2
-    batch_size: int = 64
-    rate: float = 5e-4
+    batch_size: int = 32
+    rate: float = 1e-3
     seed: int = 0
 
     @property
@@ -89,13 +89,28 @@ class Distillation:
         self.sources = sources
 
     def texts(self, count: int) -> list[str]:
-        """The corpus, made once and kept."""
+        """The corpus, made once and kept: two thirds of the texts are joined with what follows until the length is full."""
         path = self.folder / "texts.json"
         if not path.exists():
             vocabulary = json.loads(self.model.meta["tokenizer"]["definition"])["model"]["vocab"]
             words = [word for word in vocabulary if word.isalpha() and word.isascii() and len(word) > 2]
-            path.write_text(json.dumps(texts.sentences(self.sources, count, self.setting.seed, words)))
+            pieces = texts.sentences(self.sources, 2 * count, self.setting.seed, words)
+            path.write_text(json.dumps(self.joined(pieces)[:count]))
         return json.loads(path.read_text())
+
+    def joined(self, pieces: Sequence[str]) -> list[str]:
+        """Join texts that fit into one example together; every third stays alone."""
+        made: list[str] = []
+        room = 0
+        for piece, (ids, _) in zip(pieces, self.tokenizer(pieces), strict=True):
+            tokens = len(ids) - 2  # without the marks of begin and end
+            if tokens <= room and len(made) % 3:
+                made[-1] += " " + piece
+                room -= tokens
+            else:
+                made.append(piece)
+                room = self.setting.length - len(ids)
+        return made
 
     def inputs(self, sentences: Sequence[str]) -> dict[str, Array]:
         """Tokens, padded to one length."""

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
         Distill,
         Prune,
         Quantize,
+        RemoveHeads,
+        RemoveLayers,
         compress,
         compress_file,
         read_recipe,
@@ -66,6 +68,8 @@ _HOMES = {
     "Momentum": "optim",
     "Prune": "compression",
     "Quantize": "compression",
+    "RemoveHeads": "compression",
+    "RemoveLayers": "compression",
     "SGD": "optim",
     "Session": "runtime.session",
     "Until": "training",
@@ -85,9 +89,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "Adam", "AdamW", "Clip", "Distill", "EdgeTrainer", "Model", "Momentum", "Prune", "Quantize", "SGD", "Session", "Until",
-    "__version__", "compress", "compress_file", "embed", "evaluate", "fit", "fit_gradient", "kernels", "load", "read_recipe",
-    "save", "sensitivity", "serve", "write_recipe", "zoo",
+    "Adam", "AdamW", "Clip", "Distill", "EdgeTrainer", "Model", "Momentum", "Prune", "Quantize", "RemoveHeads", "RemoveLayers",
+    "SGD", "Session", "Until", "__version__", "compress", "compress_file", "embed", "evaluate", "fit", "fit_gradient", "kernels",
+    "load", "read_recipe", "save", "sensitivity", "serve", "write_recipe", "zoo",
 ]  # fmt: skip
 
 

@@ -67,12 +67,12 @@ def distillation(temperature: float = 2.0, alpha: float = 0.5) -> Loss:
     return Loss("DistillationLoss", (TEACHER, LABELS), OWN, attributes)
 
 
-def weighted(terms: Mapping[str, tuple[str, float]]) -> Loss:
+def weighted(terms: Mapping[str, tuple[str | Loss, float]]) -> Loss:
     """The weighted sum of losses on several values of one graph, such as the hidden states of a student beside its output.
 
     Args:
-        terms: by the name of a value, which need not be an output, the name of a loss that takes one target ("mse" or "cosine")
-            and its weight. The target of value `v` is the input `target.v`; that of the model's own output is `target`.
+        terms: by the name of a value, a loss and its weight. On a value that is no output the loss takes one target, as "mse" and
+            "cosine" do: the target of value `v` is the input `target.v`. The model's own output may have any loss.
 
     Raises:
         ModelError: there are no terms, a loss is unknown, or a weight is not positive.
@@ -84,13 +84,13 @@ def weighted(terms: Mapping[str, tuple[str, float]]) -> Loss:
         >>> sorted(attach(encoder, weighted({"sentence_embedding": ("cosine", 1.0), hidden: ("mse", 0.1)})).inputs)[2:]
         ['target', 'target.encoder.layer.0.output.LayerNorm', 'token_type_ids']
     """
-    made = tuple(Term(value, find(name), float(weight)) for value, (name, weight) in terms.items())
+    made = tuple(Term(value, find(loss), float(weight)) for value, (loss, weight) in terms.items())
     for term in made:
-        if term.loss.extra != (TARGET,) or not (isfinite(term.weight) and term.weight > 0):
-            raise ModelError(f"the loss on '{term.value}' must take one target and have a positive weight, got {term}")
+        if term.loss.terms or not (isfinite(term.weight) and term.weight > 0):
+            raise ModelError(f"the loss on '{term.value}' must be a single one with a positive weight, got {term}")
     if not made:
         raise ModelError("a weighted loss needs at least one term")
-    return Loss("WeightedSum", (), OWN, terms=made)
+    return Loss("WeightedSum", tuple(dict.fromkeys(name for term in made for name in term.loss.extra)), OWN, terms=made)
 
 
 LOSSES = {
@@ -132,10 +132,9 @@ def attach(model: Model, loss: str | Loss) -> Model:
         raise ModelError(f"a loss needs a model with one output, this one has {model.outputs}")
     if chosen.terms:
         return _attach_terms(model, chosen.terms)
-    output = model.types[model.outputs[0]]
-    kinds = {LABELS: TensorType(np.dtype(np.int64), output.shape[:1]), TARGET: output, TEACHER: output}
-    inputs = {**model.inputs, **{name: kinds[name] for name in chosen.extra}}
-    node = Node(chosen.op, (model.outputs[0], *chosen.extra), (LOSS,), chosen.attributes, chosen.domain)
+    value = model.outputs[0]
+    node = Node(chosen.op, (value, *chosen.extra), (LOSS,), chosen.attributes, chosen.domain)
+    inputs = {**model.inputs, **_extra_inputs(model, value, chosen)}
     return model.replace(nodes=(*model.nodes, node), inputs=inputs, outputs=(LOSS,))
 
 
@@ -144,18 +143,28 @@ def target_of(model: Model, value: str) -> str:
     return TARGET if value == model.outputs[0] else f"{TARGET}.{value}"
 
 
+def _extra_inputs(model: Model, value: str, loss: Loss) -> dict[str, TensorType]:
+    """Return the inputs that a loss on a value adds, in the order in which it takes them."""
+    if value not in model.types or value in model.inputs:
+        raise ModelError(f"a loss was asked for on '{value}', which no node of the model makes")
+    kind = model.types[value]
+    if value != model.outputs[0] and loss.extra != (TARGET,):
+        raise ModelError(f"only a loss with one target goes with '{value}', which is not the model's output; got {loss.op}")
+    kinds = {LABELS: TensorType(np.dtype(np.int64), kind.shape[:1]), TARGET: kind, TEACHER: kind}
+    return {target_of(model, value) if name == TARGET else name: kinds[name] for name in loss.extra}
+
+
 def _attach_terms(model: Model, terms: tuple[Term, ...]) -> Model:
     """Append each term, times its weight, and their sum."""
     nodes, inputs, total = list(model.nodes), dict(model.inputs), ""
     tensors: dict[str, Tensor] = {}
     for index, term in enumerate(terms):
-        if term.value not in model.types or term.value in model.inputs:
-            raise ModelError(f"a loss was asked for on '{term.value}', which no node of the model makes")
-        target, own, part = target_of(model, term.value), f"{LOSS}.{index}", f"{LOSS}.{index}.weighted"
-        inputs[target] = model.types[term.value]
-        tensors[f"{LOSS}.{index}.weight"] = Dense(np.asarray(term.weight, np.float32))
-        nodes.append(Node(term.loss.op, (term.value, target), (own,), term.loss.attributes, term.loss.domain))
-        nodes.append(Node("Mul", (own, f"{LOSS}.{index}.weight"), (part,)))
+        extra = _extra_inputs(model, term.value, term.loss)
+        inputs |= extra
+        own, part, weight = f"{LOSS}.{index}", f"{LOSS}.{index}.weighted", f"{LOSS}.{index}.weight"
+        tensors[weight] = Dense(np.asarray(term.weight, np.float32))
+        nodes.append(Node(term.loss.op, (term.value, *extra), (own,), term.loss.attributes, term.loss.domain))
+        nodes.append(Node("Mul", (own, weight), (part,)))
         if total:
             nodes.append(Node("Add", (total, part), (f"{LOSS}.sum.{index}",)))
         total = f"{LOSS}.sum.{index}" if total else part

@@ -8,9 +8,10 @@ from gristmill.compression.prune import Prune
 from gristmill.compression.quantize import Quantize
 from gristmill.compression.recipe_file import read_recipe, write_recipe
 from gristmill.compression.report import Report
+from gristmill.compression.structure import RemoveHeads, RemoveLayers
 from gristmill.compression.sweep import Sensitivity, sensitivity
 
 __all__ = [
-    "Clip", "Distill", "Prune", "Quantize", "Report", "Sensitivity", "compress", "compress_file", "read_recipe", "sensitivity",
-    "write_recipe",
+    "Clip", "Distill", "Prune", "Quantize", "RemoveHeads", "RemoveLayers", "Report", "Sensitivity", "compress", "compress_file",
+    "read_recipe", "sensitivity", "write_recipe",
 ]  # fmt: skip

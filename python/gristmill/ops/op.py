@@ -4,13 +4,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
 from gristmill.errors import ModelError
 from gristmill.tensor import Tensor
 from gristmill.tensor.parts import Array
+
+if TYPE_CHECKING:
+    from gristmill.ops.products import Product
 
 Dim = int | str  # a symbolic dimension has a name, such as "batch"
 GRAD = "gristmill.grad"  # the domain of operators that only gradients use
@@ -111,11 +114,12 @@ class Binder(Protocol):
     precision: str | None  # what the session was asked for: "float32", "bf16", "int8", or None
     low_precision: bool  # whether products of activations may round to bf16, as those with weights round already
 
+    def shape(self, name: str) -> tuple[int, ...]: ...
     def rows(self, name: str) -> Buffer: ...
     def lanes(self, name: str) -> Buffer: ...
     def stored(self, name: str) -> tuple[Buffer, str]: ...
     def codes(
-        self, name: str, layout: str, static: tuple[float, int] | None = None
+        self, name: str, layout: str, static: tuple[float, int] | None = None, symmetric: bool = False
     ) -> tuple[Buffer, Buffer, Buffer | None, int]: ...
     def output(self, name: str, layout: str = "rows") -> Buffer: ...
     def alias(self, name: str, buffer: Any) -> bool: ...
@@ -126,6 +130,7 @@ class Binder(Protocol):
     def scale(self, name: str) -> Array | Buffer: ...
     def weight(self, name: str) -> Any: ...
     def packed(self, name: str, pack: Callable[..., Any]) -> Any: ...
+    def choose(self, node: Node, products: "Sequence[Product]") -> "Product": ...
     def step(self, kernel: Callable[..., None], *args: Any) -> None: ...
 
 

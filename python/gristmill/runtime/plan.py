@@ -6,7 +6,7 @@ binds the steps to addresses. Steps between two Python references form one C seg
 """
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,6 +18,7 @@ from gristmill.errors import ModelError
 from gristmill.model import Model
 from gristmill.ops import Node, find
 from gristmill.ops.op import as_rows, refusal
+from gristmill.ops.products import Product
 from gristmill.runtime.arena import FOREVER, Buffer, Memory, place
 from gristmill.runtime.shapes import Shapes
 from gristmill.tensor import BFloat16, Quantized, Sparse, Tensor, is_int8
@@ -124,8 +125,9 @@ class Layout:
         self.trainable, self.bound, self.in_place = trainable, outputs, options.in_place
         self.precision, self.low_precision = options.precision, options.low_precision
         self.steps: list[Step] = []
+        self.chosen: dict[str, Product] = {}  # by node
         self.scales: dict[str, Buffer] = {}
-        self.panels: dict[tuple[str, str, tuple[float, int] | None], tuple[Buffer, Buffer, Buffer | None]] = {}
+        self.panels: dict[tuple[str, str, tuple[float, int] | None, bool], tuple[Buffer, Buffer, Buffer | None]] = {}
         self.inputs = {name: self._fresh(name, "rows") for name in model.inputs}
         self.forms: dict[str, dict[str, Buffer]] = {name: {"rows": buffer} for name, buffer in self.inputs.items()}
         for node in model.nodes:
@@ -136,6 +138,9 @@ class Layout:
         self.nbytes = self._place()
 
     # ---- what operators ask for (ops.op.Binder) ----
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.types[name].extents
 
     def rows(self, name: str) -> Buffer:
         """A value in its own shape, C order."""
@@ -162,20 +167,23 @@ class Layout:
         layout = next(iter(self.forms.get(name, {})), "rows")
         return (self.lanes(name) if layout == "lanes" else self.rows(name)), layout
 
-    def codes(self, name: str, layout: str, static: tuple[float, int] | None = None) -> tuple[Buffer, Buffer, Buffer | None, int]:
+    def codes(
+        self, name: str, layout: str, static: tuple[float, int] | None = None, symmetric: bool = False
+    ) -> tuple[Buffer, Buffer, Buffer | None, int]:
         """A value quantised into a panel, per row or with a static scale and zero point: codes, scales, zero points (none in
-        layout "lanes", which is symmetric) and the number of rows.
+        layout "lanes", which is symmetric) and the number of rows. With `symmetric`, "tile" has the codes of "lanes".
 
         Made once and shared.
         """
-        m, k = as_rows(self._shape(name))
-        key = (name, layout, static)
+        m, k = as_rows(self.shape(name))
+        key = (name, layout, static, symmetric)
         if key not in self.panels:
             x, form = self.stored(name)
             x = x if form == "lanes" else x.reshape(m, k)
             codes, scales = self.scratch(_core.codes_nbytes(m, k, layout)), Buffer((m,), np.float32)
             zeros = Buffer((m,), np.int32) if layout == "tile" else None
-            self.step(_core.quantize_activations, x, form == "lanes", layout, codes, scales, zeros, *(static or ()))
+            how = (*(static or (None, 128)), symmetric)
+            self.step(_core.quantize_activations, x, form == "lanes", layout, codes, scales, zeros, *how)
             self.panels[key] = (codes, scales, zeros)
         return (*self.panels[key], m)
 
@@ -189,10 +197,10 @@ class Layout:
 
         Where the value is bound to memory of its own it gets a copy; False if it cannot get one here.
         """
-        if prod(buffer.shape) != prod(self._shape(name)):
-            raise ValueError(f"{buffer.shape} cannot be seen as {self._shape(name)}")
+        if prod(buffer.shape) != prod(self.shape(name)):
+            raise ValueError(f"{buffer.shape} cannot be seen as {self.shape(name)}")
         if name not in self.bound:
-            self.forms[name] = {"rows": buffer.reshape(*self._shape(name))}
+            self.forms[name] = {"rows": buffer.reshape(*self.shape(name))}
         elif buffer.dtype == np.float32:
             self.step(_core.scale, buffer, 1.0, self.output(name).reshape(*buffer.shape))
         else:
@@ -233,16 +241,18 @@ class Layout:
     def packed(self, name: str, pack: Callable[..., Any]) -> Packed:
         return Packed(name, pack)
 
+    def choose(self, node: Node, products: Sequence[Product]) -> Product:
+        """The product that a Linear is bound to, of those that can serve it."""
+        self.chosen[node.name] = products[0]
+        return products[0]
+
     def step(self, kernel: Callable[..., None], *args: Any) -> None:
         self.steps.append(Step(self.node, kernel, args))
 
     # ---- inner ----
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return self.types[name].extents
-
     def _fresh(self, name: str, layout: str) -> Buffer:
-        shape, dtype = self._shape(name), self.types[name].dtype
+        shape, dtype = self.shape(name), self.types[name].dtype
         if layout == "lanes":
             return Buffer(as_rows(shape)[::-1], dtype)
         return Buffer(shape, dtype, self.bound.get(name))

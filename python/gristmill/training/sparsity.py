@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from gristmill import _core
 from gristmill.errors import ModelError
 from gristmill.tensor.parts import Array
-
-BLOCKS = {"unstructured": (1, 1), "1x4": (1, 4), "2x4": (2, 4), "4x4": (4, 4)}
+from gristmill.tensor.selection import Pattern, mask_of, scores
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,8 @@ class GradualPruning:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(self.names))
-        if not self.names or self.pattern not in BLOCKS:
-            raise ModelError(f"GradualPruning needs names of weights and a pattern of {', '.join(BLOCKS)}, got {self.pattern!r}")
+        if not self.names or Pattern.named(self.pattern).of:
+            raise ModelError(f"GradualPruning needs names of weights, and a pattern of any sparsity, got {self.pattern!r}")
         shares = isfinite(self.final) and 0 < self.final < 1 and 0 <= self.initial <= self.final
         if not shares or not 1 <= self.begin <= self.end or self.every < 1:
             raise ModelError(
@@ -91,16 +89,19 @@ class Masks:
 
     def __init__(self, pruning: GradualPruning, params: Mapping[str, Array], threads: int) -> None:
         self.pruning, self.threads = pruning, threads
-        self.block = BLOCKS[pruning.pattern]
+        self.pattern = Pattern.named(pruning.pattern)
         for name in pruning.names:
             if name not in params:
                 raise ModelError(f"cannot prune '{name}': it does not train; what trains is {sorted(params)}")
-            check_tiles(name, params[name].shape, self.block)
+            shape = params[name].shape
+            misfit = f"its shape {shape} is no matrix" if len(shape) != 2 else self.pattern.misfit(shape)
+            if misfit is not None:
+                raise ModelError(f"cannot prune '{name}': {misfit}")
             norms = pruning.norms.get(name)
-            if norms is not None and norms.shape != params[name].shape[1:]:
-                raise ModelError(f"norms of '{name}' have shape {norms.shape}, it has {params[name].shape[1]} inputs")
+            if norms is not None and norms.shape != shape[1:]:
+                raise ModelError(f"norms of '{name}' have shape {norms.shape}, it has {shape[1]} inputs")
         self.weights = {name: params[name] for name in pruning.names}
-        self.kept = {name: spread(scores(weight, self.block) > 0, self.block) for name, weight in self.weights.items()}
+        self.kept = {name: spread(scores(weight, self.pattern) != 0, self.pattern) for name, weight in self.weights.items()}
 
     def apply(self, step: int) -> None:
         """Keep what is pruned at zero and, where an event is due after this step, prune more."""
@@ -113,40 +114,12 @@ class Masks:
                 self._prune(name, weight, self.pruning.sparsity(step))
 
     def _prune(self, name: str, weight: Array, sparsity: float) -> None:
-        norms = self.pruning.norms.get(name)
-        found = scores(weight if norms is None else weight * norms, self.block, self.threads)
-        self.kept[name] = spread(keep(found, sparsity, self.threads), self.block)
+        found = scores(weight, self.pattern, self.pruning.norms.get(name), self.threads)
+        self.kept[name] = spread(mask_of(found, sparsity, self.threads), self.pattern)
         np.multiply(weight, self.kept[name], out=weight)
 
 
-def check_tiles(name: str, shape: tuple[int, ...], block: tuple[int, int]) -> None:
-    """Demand a matrix that blocks tile.
-
-    Raises:
-        ModelError: it is none; the message names the shape.
-    """
-    if len(shape) != 2 or shape[0] % block[0] or shape[1] % block[1]:
-        raise ModelError(f"blocks of {block[0]}x{block[1]} do not tile '{name}' of shape {shape}")
-
-
-def scores(weight: Array, block: tuple[int, int], threads: int = 1) -> Array:
-    """Return the sum of squares of each block of a float32 matrix, [n / r, k / c]."""
-    found = np.empty((weight.shape[0] // block[0], weight.shape[1] // block[1]), np.float32)
-    _core.block_magnitudes(np.ascontiguousarray(weight, np.float32), block, found, threads)
-    return found
-
-
-def keep(found: Array, sparsity: float, threads: int = 1) -> Array:
-    """Return the mask, uint8, that drops the given share of the lowest scores, ties by lowest index.
-
-    Raises:
-        ValueError: a score is NaN.
-    """
-    mask = np.empty(found.size, np.uint8)
-    _core.magnitude_mask(found.reshape(-1), round(sparsity * found.size), mask, threads)
-    return mask.reshape(found.shape)
-
-
-def spread(mask: Array, block: tuple[int, int]) -> Array:
+def spread(mask: Array, pattern: Pattern) -> Array:
     """Return the mask of blocks as one of elements, float32."""
-    return np.repeat(np.repeat(mask.astype(np.float32), block[0], axis=0), block[1], axis=1)
+    rows, columns = pattern.block
+    return np.repeat(np.repeat(mask.astype(np.float32), rows, axis=0), columns, axis=1)

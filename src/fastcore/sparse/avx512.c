@@ -8,11 +8,11 @@
 
 #ifdef FC_X86
 FC_TARGET_AVX512
-#include "narrow.h"
+#include "narrow_f32.h"
 
 /* Add block b of R x C to the sums of its rows, V registers each. */
 FC_INLINE void add_block(const fc_blocks_tile *t, int64_t b, int R, int C, int V, __m512 *sum) {
-    const float *x = (const float *)t->panel + (int64_t)(t->index[b] - t->base) * C * V * 16;
+    const float *x = (const float *)t->panel + (int64_t)(t->index[b] - t->base) * C * t->stride;
     const float *w = (const float *)t->values + b * R * C;
 #pragma GCC unroll 4
     for (int c = 0; c < C; c++)
@@ -21,7 +21,7 @@ FC_INLINE void add_block(const fc_blocks_tile *t, int64_t b, int R, int C, int V
             const __m512 weight = _mm512_set1_ps(w[r * C + c]);
 #pragma GCC unroll 4
             for (int v = 0; v < V; v++)
-                sum[r * V + v] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(x + (c * V + v) * 16), sum[r * V + v]);
+                sum[r * V + v] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(x + c * t->stride + v * 16), sum[r * V + v]);
         }
 }
 
@@ -52,7 +52,7 @@ FC_INLINE void add_tile(const fc_blocks_tile *t, int G, int R, int C, int V) {
 
 FC_INLINE void add_blocks(const fc_blocks_tile *t, int R, int C) {
     switch (t->width / 16) {
-    case 0: add_narrow_tile(t, R, C); break;
+    case 0: add_narrow_tile_f32(t, R, C); break;
     case 1: add_tile(t, 4 / R, R, C, 1); break;
     case 2: add_tile(t, R == 1 ? 2 : 1, R, C, 2); break;
     case 3: add_tile(t, 1, R, C, 3); break;

@@ -13,21 +13,24 @@
 #include "../weight.h"
 
 enum {
-    FC_LANES = 64,       /* columns of a tile: four 512-bit accumulators per weight row */
-    FC_PANEL_ROWS = 128, /* panel rows of a K block: 32 KiB of activations */
-    FC_TILE_ROWS = 256,  /* weight rows whose accumulators (64 KiB) live on the stack at once */
+    FC_LANES = 64,           /* columns of a tile: four 512-bit accumulators per weight row */
+    FC_PANEL_ROWS = 192,     /* panel rows of a K block: 48 KiB, of which enough hits L1 */
+    FC_L2_PANEL_ROWS = 1024, /* the same where a panel in L2 does: 256 KiB */
+    FC_TILE_ROWS = 512,      /* weight rows whose accumulators (128 KiB) live on the stack at once */
 };
 
 /* ---- products, lanes along M ---- */
 
 /* One tile of a product: `groups` row groups against one K block of `width` columns. */
 typedef struct fc_blocks_tile {
-    const void *panel;          /* [panel rows][width] dwords, 64-byte aligned: floats, or four codes of consecutive K */
-    int64_t width;              /* 4, 16, 32, 48 or 64 */
+    const void *panel;          /* [panel rows][stride] dwords: floats, or four codes of consecutive K; any alignment */
+    int64_t stride;             /* at least width; 1 if width is */
+    int64_t width;              /* 4, 16, 32, 48 or 64; for codes also 1 */
     const void *values;         /* blocks of [block_rows][block_cols] */
     const int32_t *index;       /* by block; its first panel row is (index - base) * block_cols, or index - base for codes */
     const int32_t *begin, *end; /* [groups]: the blocks of a group that fall into the panel */
     const int32_t *sums;        /* int8 only: [groups * block_rows] sums over the whole row */
+    const int32_t *zeros;       /* int8 only: [width] zero points, 64-byte aligned */
     void *sum;                  /* [groups * block_rows][width] float or int32, 64-byte aligned: the accumulators */
     int64_t groups;
     int32_t base, block_rows, block_cols;
@@ -36,7 +39,8 @@ typedef struct fc_blocks_tile {
 
 /* sum += values x panel, blocks of 1x1, 1x4, 2x4 or 4x4. One fused multiply-add per stored value, in ascending K: exact. */
 typedef void fc_multiply_blocks_f32_fn(const fc_blocks_tile *tile);
-/* The same over codes q + 128 (u8, 1..255) and int8 values in blocks of 1x4, 2x4 or 4x4: sum += values x q. Exact. */
+/* The same over codes (u8) and int8 values in -127..127, in blocks of 1x4, 2x4 or 4x4; sums start from -zeros[column] *
+ * sums[row], so that they end as values x (codes - zeros). Exact modulo 2^32. */
 typedef void fc_multiply_blocks_u8_s8_fn(const fc_blocks_tile *tile);
 
 /* What becomes of finished accumulators. `count` columns of each of `rows` rows are written; rows of out and residual are
@@ -86,9 +90,10 @@ void fc_blocks_prepare(const fc_weight *weight, int32_t *cuts, int32_t *sums);
 typedef struct fc_sparse_linear {
     fc_weight weight;
     const int32_t *cuts, *sums;
-    const void *x; /* float [k][m], or codes [k / 4][m rounded up to 16][4] */
+    const void *x; /* float [k][m], or codes in a "lanes" panel (quant.h) */
     int64_t m;
     const float *scales, *weight_scale; /* codes only: [m], [n] */
+    const int32_t *zeros;               /* codes only: [m], or NULL where all are 128 */
     const float *bias, *residual;       /* [n], [n][m]; may be NULL */
     float *out;                         /* [n][m]; may be residual, must not overlap x */
     fc_activation activation;

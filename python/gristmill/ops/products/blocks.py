@@ -1,0 +1,62 @@
+"""Products with the stored blocks of a sparse weight alone, rows of activations side by side in vector lanes."""
+
+from dataclasses import dataclass
+
+from gristmill import _core
+from gristmill.ops.op import Binder, Node
+from gristmill.ops.products.product import Product, epilogue, matrices, results, static_scale
+from gristmill.tensor import Sparse, Tensor
+
+
+@dataclass(frozen=True)
+class Blocks(Product):
+    """Blocks of one shape: a sparse weight's own form. Packing refers to the values: as good as in place."""
+
+    block: tuple[int, int]
+    dtype: str
+
+    def takes(self, node: Node, binder: Binder) -> bool:
+        tensor = binder.tensor(node.inputs[1])
+        own = isinstance(tensor, Sparse) and tensor.block == self.block and tensor.values.dtype == self.dtype
+        return own and static_scale(node) is None
+
+
+@dataclass(frozen=True)
+class BlocksFloat(Blocks):
+    """float32 blocks."""
+
+    def bind(self, node: Node, binder: Binder) -> None:
+        x, residual, out = matrices(node, binder, "lanes")
+        packed = binder.packed(node.inputs[1], _core.pack_sparse)
+        binder.step(_core.sparse_linear, x, packed, out, *epilogue(node, binder, residual))
+
+    def nbytes(self, tensor: Tensor, m: int) -> int:
+        return blocks_nbytes(tensor) + 4 * m * tensor.shape[1]
+
+
+@dataclass(frozen=True)
+class BlocksInt8(Blocks):
+    """int8 blocks against a panel of codes."""
+
+    def bind(self, node: Node, binder: Binder) -> None:
+        weight = node.inputs[1]
+        codes, scales, _, m = binder.codes(node.inputs[0], "lanes")
+        residual, out = results(node, binder, "lanes")
+        packed, scale = binder.packed(weight, _core.pack_sparse), binder.scale(weight)
+        binder.step(_core.sparse_linear_int8, codes, scales, m, packed, scale, out, *epilogue(node, binder, residual))
+
+    def nbytes(self, tensor: Tensor, m: int) -> int:
+        return blocks_nbytes(tensor) + m * tensor.shape[1]
+
+
+def blocks_nbytes(tensor: Tensor) -> int:
+    """Return the bytes of a block weight as the kernels read it: an int32 for each block and each row of blocks."""
+    assert isinstance(tensor, Sparse)
+    scale = 0 if tensor.scale is None else tensor.scale.nbytes
+    return tensor.values.nbytes + tensor.index.nbytes + tensor.row_offsets.nbytes + scale
+
+
+PRODUCTS: tuple[Product, ...] = (
+    *(BlocksFloat(f"blocks {r}x{c} float32", "lanes", (r, c), "float32") for r, c in ((1, 1), (1, 4), (2, 4), (4, 4))),
+    *(BlocksInt8(f"blocks {r}x{c} int8", "lanes codes", (r, c), "int8") for r, c in ((1, 4), (2, 4), (4, 4))),
+)
