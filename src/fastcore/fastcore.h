@@ -15,6 +15,7 @@
 #include "attention/attention.h"
 #include "cpu.h"
 #include "dense/dense.h"
+#include "int4/int4.h"
 #include "nn/nn.h"
 #include "prune/prune.h"
 #include "quant/quant.h"
@@ -29,6 +30,7 @@
     FC_AGGREGATE_SLOTS(SLOT)                                                                                                     \
     FC_ATTENTION_SLOTS(SLOT)                                                                                                     \
     FC_DENSE_SLOTS(SLOT)                                                                                                         \
+    FC_INT4_SLOTS(SLOT)                                                                                                          \
     FC_NN_SLOTS(SLOT)                                                                                                            \
     FC_PRUNE_SLOTS(SLOT)                                                                                                         \
     FC_QUANT_SLOTS(SLOT)                                                                                                         \

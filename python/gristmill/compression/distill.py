@@ -36,16 +36,16 @@ class Distill(Pass):
 
     Args:
         epochs: passes over the data.
-        loss: on the output: "logits" for classifiers, softened by a temperature and mixed with the labels (Hinton, Vinyals and Dean
-            2015); "cosine" or "mse" for vectors, which needs no labels.
+        loss: on the output: "logits" for classifiers, softened by a temperature and mixed with the labels (Hinton, Vinyals and
+            Dean 2015); "cosine" or "mse" for vectors, which needs no labels.
         temperature: softens both distributions; above 0.
         alpha: weight of the teacher's logits against the labels, in [0, 1]; at 1 no labels are needed.
         hidden: values inside that are to be the teacher's too (Jiao et al. 2020, "TinyBERT"): shell patterns of names that both
             graphs have, or a mapping from the student's names to the teacher's, as for a student with fewer layers. Their mean
             squared errors count relative to the variance of the teacher's values.
         hidden_weight: of the mean over the hidden values, against the output's 1.
-        prune: prune on the way: the sparsity rises along a cubic over the first half of the steps, and the weights that it names end
-            up sparse. They must be dense at the start.
+        prune: prune on the way: the sparsity rises along a cubic over the first half of the steps, and the weights that it names
+            end up sparse. They must be dense at the start.
         teacher: any model of the same inputs and outputs; default: the model that entered `compress`.
         optimizer: default Adam(1e-3).
         batch_size: examples per update.
@@ -113,7 +113,7 @@ class Distill(Pass):
         answers = answers_of(teacher, (teacher.outputs[0], *pairs.values()), context.data, context.threads)
         arrays = {**context.data.by_name(model), **self._wanted(model, context.data, answers[teacher.outputs[0]])}
         arrays |= {losses.target_of(model, ours): answers[theirs] for ours, theirs in pairs.items()}
-        steps = self.epochs * -(-context.data.count // self.batch_size)
+        steps = self.epochs * -(-context.data.number // self.batch_size)
         result = fit(
             model,
             arrays,
@@ -139,7 +139,7 @@ class Distill(Pass):
             return {losses.TARGET: answers}
         if data.target is None and self.alpha < 1:
             raise DataError("Distill(loss='logits') needs labels: pass data=(x, labels) to compress, or set alpha=1")
-        labels = np.zeros(data.count, np.int64) if data.target is None else data.target
+        labels = np.zeros(data.number, np.int64) if data.target is None else data.target
         return {losses.TEACHER: answers, losses.LABELS: labels}
 
     def _loss(self, model: Model, pairs: Mapping[str, str], answers: Mapping[str, Array]) -> losses.Loss:

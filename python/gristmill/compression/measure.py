@@ -17,7 +17,7 @@ from gristmill.metrics import Metric
 from gristmill.model import Model
 from gristmill.runtime.session import Session
 from gristmill.runtime.timing import LENGTH, latency, random_inputs
-from gristmill.tensor import Sparse, Tensor
+from gristmill.tensor import Int4, Sparse, Tensor
 from gristmill.tensor.parts import Array
 
 BATCHES = (1, 256)  # rows that latency is measured at
@@ -184,6 +184,8 @@ def output_errors(
 
 def describe(tensor: Tensor) -> str:
     """Name what a weight is stored as, such as "int8" or "1x4 float32"."""
+    if isinstance(tensor, Int4):
+        return f"int4 g{tensor.group}"
     if not isinstance(tensor, Sparse):
         return {"dense": "float32", "bf16": "bf16", "quantized": "int8"}.get(tensor.kind, tensor.kind)
     rows, columns = tensor.block
