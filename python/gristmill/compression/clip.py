@@ -79,10 +79,6 @@ class Clip(Pass):
         """Whether what becomes of a weight depends on that weight alone."""
         return self.calibration is None
 
-    @property
-    def local(self) -> bool:
-        return True
-
     def apply(self, model: Model, context: Context) -> Model:
         chosen = targets(model, self.names, self.skip)
         for name in chosen:
