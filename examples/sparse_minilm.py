@@ -2,10 +2,11 @@
 
     python examples/sparse_minilm.py MODEL --work FOLDER --pattern 4x4
 
-MODEL is the Hugging Face folder of sentence-transformers/all-MiniLM-L6-v2. The sparsity rises in stages; within each the student
-learns the teacher's hidden states after every layer and its sentence vectors. Texts are taken round by round: the teacher's
-answers for a round are computed once and used in all its epochs. A run that was stopped goes on where it was: every stage has a
-checkpoint, and what it ended with is FOLDER/<sparsity>.safetensors. FOLDER/log.jsonl tells the quality after every round.
+MODEL is the Hugging Face folder of sentence-transformers/all-MiniLM-L6-v2. The sparsity rises in stages; each prunes by the error
+that it makes (second_order.py), then the student learns the teacher's hidden states after every layer and its sentence vectors.
+Texts are taken round by round: the teacher's answers for a round are computed once and used in all its epochs. A run that was
+stopped goes on where it was: every stage has a checkpoint, and what it ended with is FOLDER/<sparsity>.safetensors.
+FOLDER/log.jsonl tells the quality after every round.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import second_order
 import texts
 
 import gristmill as gm
@@ -26,6 +28,7 @@ from gristmill.model import Model
 from gristmill.optim import Optimizer
 from gristmill.runtime.session import Session
 from gristmill.tensor.parts import Array
+from gristmill.tensor.selection import Pattern
 from gristmill.text import Tokenizer
 from gristmill.training.sparsity import GradualPruning
 
@@ -41,14 +44,16 @@ class Setting:
         length: tokens of a text, at most.
         round_texts: texts of a round; epochs: how often a round's texts are visited.
         batch_size: texts of a step.
+        calibration_texts: texts that pruning is decided on.
         rate: of AdamW, at its highest.
     """
 
     length: int = 40
     round_texts: int = 4096
-    epochs: int = 2
+    epochs: int = 3
     batch_size: int = 32
-    rate: float = 1e-3
+    calibration_texts: int = 512
+    rate: float = 5e-4
     seed: int = 0
 
     @property
@@ -57,7 +62,7 @@ class Setting:
         return self.epochs * (self.round_texts // self.batch_size)
 
 
-SHORT = Setting(length=16, round_texts=64, epochs=1, batch_size=16)
+SHORT = Setting(length=16, round_texts=64, epochs=1, batch_size=16, calibration_texts=32)
 
 
 @dataclass(frozen=True)
@@ -137,37 +142,37 @@ class Distillation:
         layers = {name: ("mse", 1.0 / (len(shares) * share)) for name, share in shares.items()}
         return losses.weighted({self.model.outputs[0]: ("cosine", 1.0), **layers})
 
-    def norms(self, sentences: Sequence[str]) -> dict[str, Array]:
-        """The norm of each input of each weight over some texts, for the scores of blocks."""
-        reads = {node.inputs[1]: node.inputs[0] for node in self.model.nodes if node.op == "Linear"}
-        session = Session(self.model.replace(outputs=tuple(dict.fromkeys(reads[name] for name in self.weights))))
-        tokens = self.inputs(sentences)
-        mask = tokens["attention_mask"].astype(bool)
-        found = session.run(**tokens)
-        return {name: np.sqrt((found[reads[name]][mask] ** 2).mean(axis=0)) for name in self.weights}
-
 
 def train(run: Distillation, pattern: str, stages: Sequence[tuple[float, int]], workers: int) -> None:
     """Go through the stages, each from what the one before ended with."""
     setting, rounds = run.setting, sum(count for _, count in stages)
     corpus = run.texts(setting.round_texts * rounds)
-    norms = run.norms(corpus[:256])
     shares = run.loss(run.examples(corpus[:256]))
     student, first = run.model, 0
-    for before, (sparsity, count) in zip((0.0, *(share for share, _ in stages)), stages, strict=False):
+    for sparsity, count in stages:
         done = run.folder / f"{round(100 * sparsity)}.safetensors"
         if not done.exists():
-            rise = max(1, setting.steps * count // 2)
-            pruning = GradualPruning(run.weights, sparsity, 1, rise, max(1, rise // 20), before, pattern=pattern, norms=norms)
+            student = start(run, student, pattern, sparsity, corpus[-setting.calibration_texts :])
+            pruning = GradualPruning(run.weights, sparsity, begin=1, end=1, pattern=pattern)  # what is zero stays so
             optimizer = gm.AdamW(Decay(setting.rate, max(1, setting.steps // 4), setting.steps * count), clip_norm=5.0)
             for turn in range(count):
-                start = (first + turn) * setting.round_texts
-                trained = one_round(
-                    run, student, shares, corpus[start : start + setting.round_texts], optimizer, pruning, turn, workers
-                )
+                begin = (first + turn) * setting.round_texts
+                part = corpus[begin : begin + setting.round_texts]
+                trained = one_round(run, student, shares, part, optimizer, pruning, turn, workers)
             gm.save(trained, done)
         student = gm.load(done).replace(meta=run.model.meta)
         first += count
+
+
+def start(run: Distillation, student: Model, pattern: str, sparsity: float, sentences: Sequence[str]) -> Model:
+    """Prune to the stage's sparsity, once."""
+    path = run.folder / f"{round(100 * sparsity)}.start.safetensors"
+    if not path.exists():
+        block = Pattern.named(pattern).block
+        pruned = second_order.prune(run.model, student, run.weights, run.inputs(sentences), block, sparsity)
+        print(json.dumps({"pruned": sparsity, "quality": quality(run.model, pruned)}), flush=True)
+        gm.save(pruned, path)
+    return gm.load(path).replace(meta=run.model.meta)
 
 
 def one_round(
