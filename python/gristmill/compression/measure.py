@@ -137,9 +137,8 @@ def measure_layers(
             times[key] = _layer_latency(tensor, threads)
         return times[key]
 
-    shared = [
-        name for name in before.weights if name in after.tensors and after.tensors[name].shape == before.tensors[name].shape
-    ]
+    kept = [name for name in (*before.weights, *tables_changed(before, after)) if name in after.tensors]
+    shared = [name for name in kept if after.tensors[name].shape == before.tensors[name].shape]
     alone = output_errors(before, after, shared, yardstick, threads)
     order = sorted(alone, key=lambda name: -alone[name])
     made, put_back = [], set(reverted)
@@ -158,14 +157,20 @@ def measure_layers(
                 seconds=None if seconds is None else seconds.get(name),
                 bytes_before=old.nbytes,
                 bytes_after=new.nbytes,
-                latency_ms_before=latency_of(old),
-                latency_ms_after=latency_of(new),
+                latency_ms_before=latency_of(old) if name in before.weights else {},
+                latency_ms_after=latency_of(new) if name in before.weights else {},
                 latency_ms_dense=latency_of(dense_twin(new, threads)) if isinstance(new, Sparse) else None,
                 break_even=break_even(new, threads) if sparse else None,  # type: ignore[arg-type]
                 reverted=name in put_back,
             )
         )
     return made
+
+
+def tables_changed(before: Model, after: Model) -> list[str]:
+    """Return the tensors that are stored in another form and that no Linear multiplies by, such as tables of embeddings."""
+    stored = {name: after.tensors[name].kind for name in before.tensors if name in after.tensors}
+    return [name for name, kind in stored.items() if kind != before.tensors[name].kind and name not in before.weights]
 
 
 def output_errors(

@@ -71,7 +71,7 @@ class Layer:
         sparsity: the share of weights that are zero.
         seconds: that local passes took on it; None where a pass treats all weights together.
         bytes_before, bytes_after: as stored.
-        latency_ms_before, latency_ms_after: of the layer alone, by rows; empty where it was not timed.
+        latency_ms_before, latency_ms_after: of the layer alone, by rows; empty where it was not timed, and for tables.
         latency_ms_dense: of a sparse weight's dense twin in the same precision; None for other weights.
         break_even: the sparsity from which this kind is faster than dense here, by rows; None for other weights, or for never.
         reverted: whether it was put back to what it was, to keep to `max_drop`.
@@ -267,7 +267,8 @@ def _layers(figures: Mapping[str, Any]) -> Table:
     for row in layers:
         rank = "-" if row["sensitivity_rank"] is None else str(row["sensitivity_rank"])
         kind = f"{row['kind']} (reverted)" if row["reverted"] else row["kind"]
-        times = [f"{row['latency_ms_before'][case]:.3f} -> {row['latency_ms_after'][case]:.3f}" for case in cases]
+        before, after = row["latency_ms_before"], row["latency_ms_after"]
+        times = [f"{before[case]:.3f} -> {after[case]:.3f}" if case in after else "-" for case in cases]
         sizes = [f"{row['bytes_before']:,}", f"{row['bytes_after']:,}"]
         errors = [_number(row["error"]), _number(row["output_error"]), rank, f"{row['sparsity']:.3f}"]
         rows.append([row["name"], kind, *errors, *sizes, *times, pays_from(row["break_even"])])
