@@ -19,7 +19,7 @@ RECIPES = {
     "shares": [gm.Prune({"layer0*": 0.5, "*": 0.9}), gm.Prune(pattern="2:4")],
     "optimizer": [gm.Distill(optimizer=gm.AdamW(1e-3, weight_decay=0.1, clip_norm=1.0), alpha=1.0)],
     "structure": [gm.RemoveLayers(keep=(0, 2)), gm.RemoveHeads(fraction=0.25), gm.RemoveHeads(heads={0: (1, 3)})],
-    "taught": [gm.Distill(loss="cosine", hidden=("*.LayerNorm",), prune=gm.Prune(0.5, names="encoder.*"), precision="bf16")],
+    "taught": [gm.Distill(loss="cosine", hidden=("*.LayerNorm",), prune=gm.Prune(0.5, names=("encoder.*",)), precision="bf16")],
     "taught by name": [gm.Distill(hidden={"a": "b", "c": "d"})],
     "int4": [gm.Quantize("int4")],
     "calibrated": [gm.Quantize("int8", calibration="data", percentile=99.9)],

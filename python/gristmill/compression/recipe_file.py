@@ -269,6 +269,8 @@ def _converted(value: Any, hint: Any, where: str, folder: Path) -> Any:
     Raises:
         ModelError: it is of another type.
     """
+    if value is None and NoneType in _choices(hint):
+        return None
     for choice in _choices(hint):
         try:
             return _as(value, choice, where, folder)
