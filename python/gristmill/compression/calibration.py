@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from gristmill.compression.examples import checked
 from gristmill.compression.recipe import Context
 from gristmill.errors import DataError
 from gristmill.model import Model
-from gristmill.ops import Node, TensorType
+from gristmill.ops import Node
 from gristmill.runtime.session import Session
 from gristmill.tensor.parts import Array
 
@@ -33,8 +34,8 @@ def batches(model: Model, calibration: Any, context: Context, what: str) -> Iter
 
     Args:
         model: what they are inputs of.
-        calibration: "data" for the data that `compress` was given, an array for a model of one input, a mapping of inputs, or an
-            iterable of such batches.
+        calibration: "data" for the data that `compress` was given; what `compress` takes as inputs (an array for a model of one
+            input, arrays by input name, a tuple, sentences); or an iterable of such batches, one of which is in memory at a time.
         context: of the recipe.
         what: the name of the pass, for errors.
 
@@ -44,47 +45,29 @@ def batches(model: Model, calibration: Any, context: Context, what: str) -> Iter
     if isinstance(calibration, str):
         if calibration != "data" or context.data is None:
             raise DataError(f"{what}: calibration={calibration!r} needs data: pass compress(..., data=...) and 'data', or arrays")
-        calibration = context.data[0]
-    if isinstance(calibration, (np.ndarray, Mapping)):
-        calibration = [calibration]
+        calibration = context.data.inputs
     if not isinstance(calibration, Iterable):
         raise DataError(f"{what}: calibration must be arrays or batches of them, got {type(calibration).__name__}")
+    sentences = isinstance(calibration, list) and any(isinstance(part, str) for part in calibration)
+    whole = sentences or isinstance(calibration, (np.ndarray, Mapping, tuple))
     empty = True
-    for given in calibration:
+    for given in [calibration] if whole else calibration:
         empty = False
-        yield checked(model, given, what)
+        yield fitting(model, given, what)
     if empty:
         raise DataError(f"{what}: there are no calibration batches")
 
 
-def checked(model: Model, given: Any, what: str) -> Batch:
-    """Return one batch as arrays of the model's dtypes.
+def fitting(model: Model, given: Any, what: str) -> Batch:
+    """Return one batch as arrays of the model's dtypes, by name.
 
     Raises:
-        DataError: an input is missing or unknown, or its dtype or shape does not fit.
+        DataError: it does not fit the model.
     """
-    if not isinstance(given, Mapping):
-        if len(model.inputs) != 1:
-            raise DataError(f"{what}: the model has inputs {list(model.inputs)}; calibration batches must map each to an array")
-        given = {next(iter(model.inputs)): given}
-    if given.keys() != model.inputs.keys():
-        raise DataError(f"{what}: a calibration batch has {sorted(map(str, given))}, the model takes {list(model.inputs)}")
-    sizes: dict[str, int] = {}
-    return {name: fitting(name, given[name], kind, sizes, what) for name, kind in model.inputs.items()}
-
-
-def fitting(name: str, value: Any, kind: TensorType, sizes: dict[str, int], what: str) -> Array:
-    """Return an array after checking it against the type of its input; `sizes` collects what symbolic dimensions stand for."""
-    array = np.asarray(value, order="C")
-    if array.dtype.kind not in "biuf" or not np.can_cast(array.dtype, kind.dtype, "same_kind"):
-        raise DataError(f"{what}: calibration data '{name}' have dtype {array.dtype}, the model takes {kind}")
-    fits = array.ndim == len(kind.shape) and all(
-        have == (sizes.setdefault(dim, have) if isinstance(dim, str) else dim)
-        for dim, have in zip(kind.shape, array.shape, strict=True)
-    )
-    if not fits:
-        raise DataError(f"{what}: calibration data '{name}' have shape {array.shape}, the model takes {kind}")
-    return np.asarray(array, kind.dtype, order="C")
+    try:
+        return checked("calibration", model, given).by_name(model)
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from error
 
 
 def values_read(model: Model, weights: Iterable[str]) -> dict[str, str]:

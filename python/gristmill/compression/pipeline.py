@@ -105,8 +105,10 @@ def compress(
     }
     yardstick = Yardstick(model, measured_on, metric, answers(model, measured_on, context.threads))
     kept = None if state is None else State(state, identity)
-    current, stages, seconds = run_passes(model, recipe, context, yardstick, kept)
+    notes: list[str] = []
+    current, stages, seconds = run_passes(model, recipe, context, yardstick, kept, notes)
     report = Report(tuple(stages), (), tuple(map(described, recipe)), "" if metric is None else name_of(metric))
+    report = replace(report, notes=tuple(notes))
     if max_drop is not None:
         current, report = within_drop(model, current, yardstick, report, float(max_drop), context.threads)
     put_back = report.gate["reverted"] if report.gate else ()
@@ -140,9 +142,9 @@ def check_budget(model: Model, recipe: Sequence[Pass], budget: int) -> None:
 
 
 def run_passes(
-    model: Model, recipe: Sequence[Pass], context: Context, yardstick: Yardstick, kept: State | None
+    model: Model, recipe: Sequence[Pass], context: Context, yardstick: Yardstick, kept: State | None, notes: list[str]
 ) -> tuple[Model, list[Stage], dict[str, float]]:
-    """Apply the passes that are not done yet, and measure after each.
+    """Apply the passes that are not done yet, and measure after each; `notes` gets what they leave out.
 
     Returns:
         The model, the stages, and the seconds that local passes spent on each weight.
@@ -158,6 +160,7 @@ def run_passes(
         step = recipe[position]
         here = context if kept is None else replace(context, folder=kept.open_pass_folder(position))
         begin = time.perf_counter()
+        notes += [f"{type(step).__name__} left '{name}' as it is: {why}" for name, why in step.left_out(current).items()]
         current, spent = applied(step, current, here)
         for name, each in spent.items():
             seconds[name] = seconds.get(name, 0.0) + each

@@ -9,7 +9,7 @@ import numpy as np
 
 from gristmill import _core
 from gristmill.compression.calibration import batches, norms
-from gristmill.compression.recipe import Context, Pass, is_number, need_float, targets
+from gristmill.compression.recipe import Context, Pass, is_number, literal, need_float, targets
 from gristmill.errors import ModelError
 from gristmill.model import Model
 from gristmill.tensor import Dense, Sparse, Tensor
@@ -115,13 +115,11 @@ class Prune(Pass):
         return list(self._plan(model)[0])
 
     def left_out(self, model: Model) -> dict[str, str]:
-        """Return the names of the weights that stay as they are although nobody excluded them, and why."""
         return self._plan(model)[1]
 
     def restricted(self, name: str) -> "Prune":
         """Return the same pass for one weight."""
-        literal = "".join(f"[{character}]" if character in "[*?" else character for character in name)
-        return replace(self, sparsity=self._share(name), names=(literal,), skip=())
+        return replace(self, sparsity=self._share(name), names=(literal(name),), skip=())
 
     def apply(self, model: Model, context: Context) -> Model:
         shares, _ = self._plan(model)

@@ -66,6 +66,10 @@ class Pass:
             return list(model.weights)
         return targets(model, getattr(self, "names"), getattr(self, "skip"))  # noqa: B009
 
+    def left_out(self, model: Model) -> dict[str, str]:
+        """Return the names of weights that the pass leaves as they are although nobody excluded them, and why."""
+        return {}
+
     def restricted(self: Self, name: str) -> Self:
         """Return the same pass for one weight.
 
