@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gristmill.model import Model
 
 GATE_FAILED = 3
+NAME_WIDTH = 32  # of the first column, at least, where names are that long
 STYLES = ("table", "json")
 
 
@@ -230,7 +231,11 @@ def terminal_table(rows: list[list[str]]) -> Any:
     """Return rows of cells, the first of which names the columns, as a table."""
     from rich.table import Table
 
-    table = Table(*rows[0])
+    table = Table()
+    for position, title in enumerate(rows[0]):
+        table.add_column(
+            title, overflow="fold", min_width=None if position else min(max(len(row[0]) for row in rows), NAME_WIDTH)
+        )
     for row in rows[1:]:
         table.add_row(*row)
     return table

@@ -118,7 +118,7 @@ def measure_layers(
     threads: int,
     yardstick: Yardstick | None = None,
     seconds: Mapping[str, float] | None = None,
-    reverted: Iterable[str] = (),
+    reverted: Mapping[str, float] | None = None,
 ) -> list[Layer]:
     """Compare every weight that the two models share. Weights alike in all that time depends on are timed once.
 
@@ -127,7 +127,7 @@ def measure_layers(
         threads: for kernels.
         yardstick: with examples, to say what each layer alone does to the answers.
         seconds: what the passes took on each weight, where they went weight by weight.
-        reverted: the weights that were put back.
+        reverted: the weights that were put back, and the error of the answers that each alone made before.
     """
     times: dict[Any, dict[str, float]] = {}
 
@@ -139,9 +139,10 @@ def measure_layers(
 
     kept = [name for name in (*before.weights, *tables_changed(before, after)) if name in after.tensors]
     shared = [name for name in kept if after.tensors[name].shape == before.tensors[name].shape]
-    alone = output_errors(before, after, shared, yardstick, threads)
+    put_back = dict(reverted or {})
+    alone = {**output_errors(before, after, shared, yardstick, threads), **put_back}
     order = sorted(alone, key=lambda name: -alone[name])
-    made, put_back = [], set(reverted)
+    made = []
     for name in shared:
         old, new = before.tensors[name], after.tensors[name]
         sparse = isinstance(new, Sparse)
