@@ -18,6 +18,10 @@ RECIPES = {
     "names": [gm.Clip(value=0.5, names=("layer0*", "layer[1]*"), skip=("layer2*",))],
     "shares": [gm.Prune({"layer0*": 0.5, "*": 0.9}), gm.Prune(pattern="2:4")],
     "optimizer": [gm.Distill(optimizer=gm.AdamW(1e-3, weight_decay=0.1, clip_norm=1.0), alpha=1.0)],
+    "structure": [gm.RemoveLayers(keep=(0, 2)), gm.RemoveHeads(fraction=0.25), gm.RemoveHeads(heads={0: (1, 3)})],
+    "taught": [gm.Distill(loss="cosine", hidden=("*.LayerNorm",), prune=gm.Prune(0.5, names=("encoder.*",)), precision="bf16")],
+    "taught by name": [gm.Distill(hidden={"a": "b", "c": "d"})],
+    "int4": [gm.Quantize("int4")],
     "calibrated": [gm.Quantize("int8", calibration="data", percentile=99.9)],
 }
 
@@ -30,13 +34,19 @@ def test_a_recipe_comes_back_as_it_was_written(name, suffix, tmp_path):
     assert from_dict(json.loads(json.dumps(to_dict(RECIPES[name])))) == RECIPES[name]
 
 
-NEEDED = {"Prune": {"sparsity": 0.5}, "RemoveHeads": {"fraction": 0.5}, "RemoveLayers": {"layers": (1,)}}
+MADE = {
+    "Prune": lambda: gm.Prune(0.5),
+    "RemoveLayers": lambda: gm.RemoveLayers(every=2),
+    "RemoveHeads": lambda: gm.RemoveHeads(heads={0: (1, 3), 2: (0,)}),
+}
 
 
 def test_every_pass_and_every_setting_can_be_written():
     assert {"Clip", "Prune", "Distill", "Quantize"} <= known(Pass).keys()
     for kind in known(Pass).values():
-        step = kind(**NEEDED.get(kind.__name__, {}))
+        if not kind.__module__.startswith("gristmill"):
+            continue  # of another test
+        step = MADE.get(kind.__name__, kind)()
         (entry,) = to_dict([step])
         assert entry.keys() == {"pass", *(field.name for field in fields(kind))}
         assert from_dict([entry]) == [step]

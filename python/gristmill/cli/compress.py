@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gristmill.model import Model
 
 GATE_FAILED = 3
+NAME_WIDTH = 32  # of the first column, at least, where names are that long
 STYLES = ("table", "json")
 
 
@@ -34,6 +35,8 @@ def compress(
     pattern: Annotated[str, typer.Option(help="What to prune together: 1x4, 2x4, 4x4, unstructured, or N:M.")] = "1x4",
     distill: Annotated[int | None, typer.Option(min=1, help="Train for this many epochs to answer as the original does.")] = None,
     quantize: Annotated[str | None, typer.Option(help="Store and compute weights in this precision, such as int8.")] = None,
+    group: Annotated[int | None, typer.Option(help="With --quantize int4: inputs that share a scale, such as 128.")] = None,
+    tables: Annotated[bool, typer.Option("--tables", help="With --quantize int4: tables of embeddings too.")] = False,
     max_drop: Annotated[
         float | None,
         typer.Option(min=0, help="Let the metric get worse by no more: revert the most sensitive layers, else exit with 3."),
@@ -66,6 +69,8 @@ def compress(
     """
     given = (clip, prune, distill, quantize)
     check_options(recipe, given, data, calibration, distill, max_drop, validation, report)
+    if (group is not None or tables) and quantize != "int4":
+        raise typer.BadParameter("--group and --tables go with --quantize int4")
     import gristmill as gm
     from gristmill.compression.layerwise import goes_by_weight
     from gristmill.compression.state import discard
@@ -74,7 +79,7 @@ def compress(
     check_target(out)
     check_distinct(model, out)
     check_outputs(report, plots)
-    passes = gm.read_recipe(recipe) if recipe is not None else make_recipe(clip, prune, pattern, distill, quantize)
+    passes = gm.read_recipe(recipe) if recipe is not None else make_recipe(clip, prune, pattern, distill, quantize, group, tables)
     folder = state if state is not None else out.with_name(f"{out.name}.state")
     if restart:
         discard(folder)
@@ -172,7 +177,15 @@ def read_data(
     return (None if calibration is None else read_calibration(calibration, model)), None
 
 
-def make_recipe(clip: float | None, prune: float | None, pattern: str, distill: int | None, quantize: str | None) -> "list[Pass]":
+def make_recipe(
+    clip: float | None,
+    prune: float | None,
+    pattern: str,
+    distill: int | None,
+    quantize: str | None,
+    group: int | None = None,
+    tables: bool = False,
+) -> "list[Pass]":
     """Return the passes that were asked for, in the order in which they serve each other."""
     import gristmill as gm
 
@@ -184,7 +197,8 @@ def make_recipe(clip: float | None, prune: float | None, pattern: str, distill: 
     if distill is not None:
         recipe.append(gm.Distill(epochs=distill))
     if quantize is not None:
-        recipe.append(gm.Quantize(quantize))
+        settings: dict[str, Any] = {} if group is None else {"group": group}
+        recipe.append(gm.Quantize(quantize, tables=tables, **settings))
     return recipe
 
 
@@ -217,7 +231,11 @@ def terminal_table(rows: list[list[str]]) -> Any:
     """Return rows of cells, the first of which names the columns, as a table."""
     from rich.table import Table
 
-    table = Table(*rows[0])
+    table = Table()
+    for position, title in enumerate(rows[0]):
+        table.add_column(
+            title, overflow="fold", min_width=None if position else min(max(len(row[0]) for row in rows), NAME_WIDTH)
+        )
     for row in rows[1:]:
         table.add_row(*row)
     return table

@@ -140,7 +140,7 @@ def compress_file(
         discard(folder)
     seconds = time.perf_counter() - begin
     stages = (_stage("original", streaming.file_bytes(model), model.nbytes, 0.0), _stage("recipe", after, small.nbytes, seconds))
-    layers = tuple(layer for _, _, layer in done if layer.name in model.weights)
+    layers = tuple(layer for _, _, layer in done)
     note = "quality and speed were not measured: the model went from file to file, weight by weight"
     return Report(stages, layers, tuple(map(described, recipe)), "", small.meta["compression"][-1], None, (note,))
 

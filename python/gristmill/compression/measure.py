@@ -118,7 +118,7 @@ def measure_layers(
     threads: int,
     yardstick: Yardstick | None = None,
     seconds: Mapping[str, float] | None = None,
-    reverted: Iterable[str] = (),
+    reverted: Mapping[str, float] | None = None,
 ) -> list[Layer]:
     """Compare every weight that the two models share. Weights alike in all that time depends on are timed once.
 
@@ -127,7 +127,7 @@ def measure_layers(
         threads: for kernels.
         yardstick: with examples, to say what each layer alone does to the answers.
         seconds: what the passes took on each weight, where they went weight by weight.
-        reverted: the weights that were put back.
+        reverted: the weights that were put back, and the error of the answers that each alone made before.
     """
     times: dict[Any, dict[str, float]] = {}
 
@@ -137,12 +137,12 @@ def measure_layers(
             times[key] = _layer_latency(tensor, threads)
         return times[key]
 
-    shared = [
-        name for name in before.weights if name in after.tensors and after.tensors[name].shape == before.tensors[name].shape
-    ]
-    alone = output_errors(before, after, shared, yardstick, threads)
+    kept = [name for name in (*before.weights, *tables_changed(before, after)) if name in after.tensors]
+    shared = [name for name in kept if after.tensors[name].shape == before.tensors[name].shape]
+    put_back = dict(reverted or {})
+    alone = {**output_errors(before, after, shared, yardstick, threads), **put_back}
     order = sorted(alone, key=lambda name: -alone[name])
-    made, put_back = [], set(reverted)
+    made = []
     for name in shared:
         old, new = before.tensors[name], after.tensors[name]
         sparse = isinstance(new, Sparse)
@@ -158,14 +158,20 @@ def measure_layers(
                 seconds=None if seconds is None else seconds.get(name),
                 bytes_before=old.nbytes,
                 bytes_after=new.nbytes,
-                latency_ms_before=latency_of(old),
-                latency_ms_after=latency_of(new),
+                latency_ms_before=latency_of(old) if name in before.weights else {},
+                latency_ms_after=latency_of(new) if name in before.weights else {},
                 latency_ms_dense=latency_of(dense_twin(new, threads)) if isinstance(new, Sparse) else None,
                 break_even=break_even(new, threads) if sparse else None,  # type: ignore[arg-type]
                 reverted=name in put_back,
             )
         )
     return made
+
+
+def tables_changed(before: Model, after: Model) -> list[str]:
+    """Return the tensors that are stored in another form and that no Linear multiplies by, such as tables of embeddings."""
+    stored = {name: after.tensors[name].kind for name in before.tensors if name in after.tensors}
+    return [name for name, kind in stored.items() if kind != before.tensors[name].kind and name not in before.weights]
 
 
 def output_errors(

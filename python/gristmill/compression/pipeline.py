@@ -109,9 +109,9 @@ def compress(
     current, stages, seconds = run_passes(model, recipe, context, yardstick, kept, notes)
     report = Report(tuple(stages), (), tuple(map(described, recipe)), "" if metric is None else name_of(metric))
     report = replace(report, notes=tuple(notes))
+    put_back: dict[str, float] = {}
     if max_drop is not None:
-        current, report = within_drop(model, current, yardstick, report, float(max_drop), context.threads)
-    put_back = report.gate["reverted"] if report.gate else ()
+        current, report, put_back = within_drop(model, current, yardstick, report, float(max_drop), context.threads)
     layers = measure_layers(model, current, context.threads, yardstick, seconds, put_back)
     entry |= {"output": model_checksum(current), **({"reverted": list(put_back)} if put_back else {})}
     current = current.replace(meta=meta_of(model, recipe, entry))
@@ -190,8 +190,12 @@ def applied(step: Pass, model: Model, context: Context) -> tuple[Model, dict[str
 
 def within_drop(
     original: Model, current: Model, yardstick: Yardstick, report: Report, max_drop: float, threads: int
-) -> tuple[Model, Report]:
-    """Revert what must be reverted, and say so in the report."""
+) -> tuple[Model, Report, dict[str, float]]:
+    """Revert what must be reverted, and say so in the report.
+
+    Returns:
+        The model, the report, and the error that each reverted weight alone made.
+    """
     begin = time.perf_counter()
     outcome = revert(original, current, yardstick, max_drop, threads, report.drop)
     took = time.perf_counter() - begin
@@ -204,4 +208,4 @@ def within_drop(
     if outcome.names:
         stage = measure_model("revert", outcome.model, yardstick, took, threads)
         report = replace(report, stages=(*report.stages, stage))
-    return outcome.model, replace(report, gate=gate)
+    return outcome.model, replace(report, gate=gate), {name: outcome.errors[name] for name in outcome.names}

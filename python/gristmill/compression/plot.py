@@ -133,7 +133,7 @@ def _path(
 
 def layers(figures: Mapping[str, Any]) -> Any:
     """Return a figure of the layers, most sensitive on top: their errors, and their sizes before and after."""
-    rows = sorted(figures["layers"], key=lambda row: (row["sensitivity_rank"] or 0, -row["error"]))[:MOST]
+    rows = sorted(figures["layers"], key=lambda row: (row["sensitivity_rank"] or MOST * MOST, -row["error"]))[:MOST]
     figure, axes = _figure(9, 1.1 + 0.2 * len(rows), 2)
     places = list(range(len(rows)))[::-1]
     told = any(row["output_error"] is not None for row in rows)
@@ -147,7 +147,7 @@ def layers(figures: Mapping[str, Any]) -> Any:
     axes[1].barh(places, [row["bytes_after"] / 1e6 for row in rows], 0.45, color=ACCENT, label="after")
     axes[1].set_yticks([])
     axes[1].set_xlabel("megabytes", fontsize=8)
-    axes[1].legend(fontsize=7, frameon=False, loc="lower right")
+    figure.legend(fontsize=7, frameon=False, loc="outside upper right", ncols=2)
     for each in axes:
         each.set_ylim(-0.6, len(rows) - 0.4)
     return figure

@@ -82,6 +82,12 @@ class Quantize(Pass):
     def local(self) -> bool:
         return self.calibration is None
 
+    def works_on(self, model: Model) -> list[str]:
+        candidates = () if self.tables == "only" else model.weights
+        if self.tables:
+            candidates = tuple(dict.fromkeys((*candidates, *tables_of(model))))
+        return targets(model, self.names, self.skip, candidates)
+
     def apply(self, model: Model, context: Context) -> Model:
         if self.precision == "int4":
             return self._int4(model, context)
@@ -105,10 +111,7 @@ class Quantize(Pass):
         return result.replace(nodes=tuple(with_scale(node, found) if reads(node, static) else node for node in result.nodes))
 
     def _int4(self, model: Model, context: Context) -> Model:
-        candidates = () if self.tables == "only" else model.weights
-        if self.tables:
-            candidates = tuple(dict.fromkeys((*candidates, *tables_of(model))))
-        chosen = [name for name in targets(model, self.names, self.skip, candidates) if is_plain(model.tensors[name])]
+        chosen = [name for name in self.works_on(model) if is_plain(model.tensors[name])]
         importance: dict[str, Array] = {}
         if self.calibration is not None:
             products = {name for name in chosen if name in model.weights}

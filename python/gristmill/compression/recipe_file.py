@@ -22,6 +22,7 @@ from gristmill.errors import FormatError, MissingExtraError, ModelError
 from gristmill.formats import load
 from gristmill.formats.atomic import replacing
 from gristmill.model import Model
+from gristmill.optim import Optimizer
 
 JSON, YAML = (".json",), (".yaml", ".yml")
 LIMIT = 1 << 20  # bytes of a recipe
@@ -176,7 +177,8 @@ def known(base: type) -> dict[str, type]:
     while rest:
         kind = rest.pop()
         rest.extend(kind.__subclasses__())
-        if kind is not base and is_dataclass(kind) and not isabstract(kind) and not kind.__name__.startswith("_"):
+        root = kind in (Pass, Optimizer)
+        if not root and is_dataclass(kind) and not isabstract(kind) and not kind.__name__.startswith("_"):
             found.setdefault(kind.__name__, kind)
     return dict(sorted(found.items()))
 
@@ -191,6 +193,8 @@ def _plain(value: Any, where: str, other: Callable[[Any, str], Any]) -> Any:
         return value
     if isinstance(value, tuple) and value and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
         return {str(name): _plain(item, where, other) for name, item in value}
+    if isinstance(value, Mapping) and all(isinstance(item, (str, int, float, tuple)) for item in value.values()):
+        return {str(name): _plain(item, where, other) for name, item in value.items()}
     if isinstance(value, (tuple, list)) and not any(isinstance(item, (np.ndarray, Mapping)) for item in value):
         return [_plain(item, where, other) for item in value]
     if isinstance(value, Mapping) and all(isinstance(item, (str, int, float)) for pair in value.items() for item in pair):
@@ -299,7 +303,9 @@ def _as(value: Any, hint: Any, where: str, folder: Path) -> Any:
         return made
     if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return value
-    if origin in (int, str, bool, NoneType, dict) and isinstance(value, origin):
+    if origin in (dict, Mapping) and isinstance(value, dict):
+        return value
+    if origin in (int, str, bool, NoneType) and isinstance(value, origin):
         if origin is int and isinstance(value, bool):
             raise TypeError
         return value

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -66,12 +66,13 @@ class Layer:
     Args:
         name, kind, shape: of the weight, and what it is stored as.
         error: |W - W0| / |W0|.
-        output_error: |y - y0| / |y0| of the original model with this weight alone compressed; None without data.
+        output_error: |y - y0| / |y0| of the original model with this weight alone compressed, of a reverted one as it was before;
+            None without data.
         sensitivity_rank: 1 for the weight of the largest output error.
         sparsity: the share of weights that are zero.
         seconds: that local passes took on it; None where a pass treats all weights together.
         bytes_before, bytes_after: as stored.
-        latency_ms_before, latency_ms_after: of the layer alone, by rows; empty where it was not timed.
+        latency_ms_before, latency_ms_after: of the layer alone, by rows; empty where it was not timed, and for tables.
         latency_ms_dense: of a sparse weight's dense twin in the same precision; None for other weights.
         break_even: the sparsity from which this kind is faster than dense here, by rows; None for other weights, or for never.
         reverted: whether it was put back to what it was, to keep to `max_drop`.
@@ -152,7 +153,7 @@ class Report:
     @property
     def remarks(self) -> tuple[str, ...]:
         """Plain sentences on what a reader should not miss: layers that sparsity makes slower here, and the gate."""
-        return (*self.notes, *(text for layer in self.layers for text in _slower(layer)), *_gate(self))
+        return (*self.notes, *_slower(self.layers), *_gate(self))
 
     def as_dict(self) -> dict[str, Any]:
         """Return all figures as values that JSON has."""
@@ -215,14 +216,21 @@ class Report:
         return "\n\n".join([*map(_spaced, tables(figures)), *figures["remarks"]])
 
 
-def _slower(layer: Layer) -> list[str]:
+def _slower(layers: Iterable[Layer]) -> list[str]:
+    """Return a sentence for each kind and shape of sparse weight that is slower than dense."""
+    alike: dict[tuple[str, tuple[int, ...], str], list[Layer]] = {}
+    for layer in layers:
+        for rows in layer.slower:
+            alike.setdefault((layer.kind, layer.shape, rows), []).append(layer)
     said = []
-    for rows, ratio in layer.slower.items():
-        start = (layer.break_even or {}).get(rows)
+    for (kind, shape, rows), found in alike.items():
+        first = found[0]
+        start = (first.break_even or {}).get(rows)
         where = "no sparsity pays" if start is None else f"it pays from {start:.0%}"
+        others = f" and {len(found) - 1} alike" if len(found) > 1 else ""
         said.append(
-            f"{layer.name}: {layer.kind} at {layer.sparsity:.0%} is {ratio:.2f} times slower than dense on {rows} "
-            f"row{'s' * (rows != '1')} on this CPU; {where}. Stay dense where speed is what counts."
+            f"{first.name}{others}: {kind} {shape[0]}x{shape[1]} at {first.sparsity:.0%} is {first.slower[rows]:.2f} times "
+            f"slower than dense on {rows} row{'s' * (rows != '1')} on this CPU; {where}. Stay dense where speed is what counts."
         )
     return said
 
@@ -267,7 +275,8 @@ def _layers(figures: Mapping[str, Any]) -> Table:
     for row in layers:
         rank = "-" if row["sensitivity_rank"] is None else str(row["sensitivity_rank"])
         kind = f"{row['kind']} (reverted)" if row["reverted"] else row["kind"]
-        times = [f"{row['latency_ms_before'][case]:.3f} -> {row['latency_ms_after'][case]:.3f}" for case in cases]
+        before, after = row["latency_ms_before"], row["latency_ms_after"]
+        times = [f"{before[case]:.3f} -> {after[case]:.3f}" if case in after else "-" for case in cases]
         sizes = [f"{row['bytes_before']:,}", f"{row['bytes_after']:,}"]
         errors = [_number(row["error"]), _number(row["output_error"]), rank, f"{row['sparsity']:.3f}"]
         rows.append([row["name"], kind, *errors, *sizes, *times, pays_from(row["break_even"])])

@@ -1,7 +1,7 @@
 """`max_drop`: put the most sensitive layers back to what they were until the metric has lost no more than it may."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from gristmill.compression.measure import Yardstick, output_errors
 from gristmill.compression.mixing import with_weights_of
@@ -19,12 +19,14 @@ class Reverted:
         names: of the weights that were put back, the most sensitive first.
         evaluations: how often the metric was measured: at most 2 + log2(n + 1) times for n changed weights.
         met: whether the drop is within bounds.
+        errors: of the answers with each weight alone compressed, of all that could go back.
     """
 
     model: Model
     names: tuple[str, ...]
     evaluations: int
     met: bool
+    errors: Mapping[str, float] = field(default_factory=dict)
 
 
 def check_drop(max_drop: float, metric: object) -> float:
@@ -67,13 +69,14 @@ def revert(
 
     if (lost(compressed) if drop is None else drop) <= max_drop:
         return Reverted(compressed, (), spent, True)
-    ranked = ranking(original, compressed, yardstick, threads)
+    errors = alone(original, compressed, yardstick, threads)
+    ranked = sorted(errors, key=lambda name: -errors[name])
     names, model = _fewest(ranked, lambda some: with_weights_of(compressed, original, some), lambda made: lost(made) <= max_drop)
     if model is not None:
-        return Reverted(model, names, spent, True)
+        return Reverted(model, names, spent, True, errors)
     if _alike(original, compressed):
-        return Reverted(original.replace(meta=compressed.meta), tuple(ranked), spent, True)
-    return Reverted(compressed, (), spent, False)
+        return Reverted(original.replace(meta=compressed.meta), tuple(ranked), spent, True, errors)
+    return Reverted(compressed, (), spent, False, errors)
 
 
 def _fewest(
@@ -98,8 +101,8 @@ def _alike(original: Model, compressed: Model) -> bool:
     return shapes[0] == shapes[1] and [n.outputs for n in original.nodes] == [n.outputs for n in compressed.nodes]
 
 
-def ranking(original: Model, compressed: Model, yardstick: Yardstick, threads: int) -> list[str]:
-    """Return the weights that a recipe changed and that can go back, the most sensitive first."""
+def alone(original: Model, compressed: Model, yardstick: Yardstick, threads: int) -> dict[str, float]:
+    """Return the error of each weight that a recipe changed and that can go back, compressed alone."""
     changed = [
         name
         for name, tensor in original.tensors.items()
@@ -108,8 +111,7 @@ def ranking(original: Model, compressed: Model, yardstick: Yardstick, threads: i
         and compressed.tensors[name].shape == tensor.shape
         and (name in original.weights or compressed.tensors[name].kind != tensor.kind)
     ]
-    errors = output_errors(original, compressed, changed, yardstick, threads)
-    return sorted(changed, key=lambda name: -errors.get(name, 0.0))
+    return output_errors(original, compressed, changed, yardstick, threads)
 
 
 def _drop(model: Model, yardstick: Yardstick, threads: int) -> float:
