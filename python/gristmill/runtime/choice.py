@@ -68,7 +68,7 @@ def _moves(node: Node, product: Product, size: Size, layout: "Layout") -> list[t
     if not _is_there(x, product.layout, layout):
         readers = sum(isinstance(find(reader), Linear) for reader in layout.readers[x])
         moves.append((Move(_form(x, layout), product.layout), size, 1 / readers))
-    if residual and not _is_there(residual, product.out, layout):
+    if residual and product.out != "either" and not _is_there(residual, product.out, layout):
         moves.append((Move(_form(residual, layout), product.out), made, 1.0))
     if product.out == "lanes" and wants_rows(out, layout):
         moves.append((Move("lanes", "rows"), made, 1.0))

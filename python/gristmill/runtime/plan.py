@@ -110,11 +110,14 @@ class Options:
     low_precision: bool = False
     reference: bool = False
     in_place: bool = False
-    decide: Callable[[Sequence[Way], int, int], Way] | None = None  # of ways, threads and bytes of weights; None: own forms
+    decide: Callable[[Sequence[Way], int], Way] | None = None  # of ways, given the bytes of all weights; None: own forms
 
 
 class Layout:
-    """The first pass: steps over unplaced buffers. Implements `ops.op.Binder`."""
+    """The first pass: steps over unplaced buffers. Implements `ops.op.Binder`.
+
+    `like` is a layout of the same model for another batch, whose choice of products is taken over.
+    """
 
     def __init__(
         self,
@@ -124,13 +127,14 @@ class Layout:
         trainable: Mapping[str, Array],
         outputs: Mapping[str, Array],
         options: "Options",
+        like: "Layout | None" = None,
     ) -> None:
         self.model, self.types, self.values, self.threads = model, shapes.types, shapes.values, threads
         self.trainable, self.bound, self.in_place = trainable, outputs, options.in_place
         self.precision, self.low_precision = options.precision, options.low_precision
         self.steps: list[Step] = []
         self.choices: dict[str, Choice] = {}  # by node
-        self.decide = options.decide
+        self.decide, self.like = options.decide, like
         self.scales: dict[str, Buffer] = {}
         self.panels: dict[tuple[str, str, tuple[float, int] | None, bool], tuple[Buffer, Buffer, Buffer | None]] = {}
         self.inputs = {name: self._fresh(name, "rows") for name in model.inputs}
@@ -247,11 +251,14 @@ class Layout:
         return Packed(name, pack)
 
     def choose(self, node: Node, products: Sequence[Product]) -> Product:
-        """The product that a Linear is bound to, of those that can serve it: its weight's own, or the fastest expected."""
-        ways = ways_of(node, products, self)
-        way = ways[0] if self.decide is None or len(ways) == 1 else self.decide(ways, self.threads, self.resident)
-        self.choices[node.name] = Choice(way, ways)
-        return way.product
+        """The product that a Linear is bound to, of those that can serve it: its weight's own, or the fastest expected.
+
+        The same whenever it is asked for.
+        """
+        if node.name not in self.choices:
+            ways = ways_of(node, products, self)
+            self.choices[node.name] = Choice(self._way(node, ways), ways)
+        return self.choices[node.name].way.product
 
     def step(self, kernel: Callable[..., None], *args: Any) -> None:
         self.steps.append(Step(self.node, kernel, args))
@@ -267,6 +274,13 @@ class Layout:
         return stored_bytes(self.model)
 
     # ---- inner ----
+
+    def _way(self, node: Node, ways: Sequence[Way]) -> Way:
+        alike = None if self.like is None else self.like.choices[node.name].way.product
+        found = next((way for way in ways if way.product == alike), None)
+        if found is None and self.decide is not None and len(ways) > 1:
+            return self.decide(ways, self.resident)
+        return found or ways[0]
 
     def _move(self, kernel: Callable[..., None], *args: Any) -> None:
         self.steps.append(Step(self.node, kernel, args, moves=True))
