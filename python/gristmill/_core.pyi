@@ -323,8 +323,8 @@ def quantize_activations(
     """Quantise float32 x per row m (rows [M,K], or lanes [K,M] if `lanes`): a uint8 panel of `layout`, scales[M], int32 zeros[M].
 
     A code stands for (code - zero) * scale. "tile" spreads 256 codes from min(0, min x) to max(0, max x); "lanes" is symmetric,
-    has 128 for all zeros and needs no `zeros`. With a static `scale`: codes = clip(round half even(x / scale) + zero_point, 0,
-    255), all scales and zeros are these; "tile" panels only.
+    has 128 for all zeros and needs no `zeros` unless a static zero point is another. With a static `scale`: codes = clip(round
+    half even(x / scale) + zero_point, 0, 255), all scales and zeros are these.
     """
 
 class PackedInt8:
@@ -407,10 +407,12 @@ def sparse_linear_int8(
     bias: Array | None,
     activation: str | None,
     residual: Array | None,
+    zeros: Array | None = None,
 ) -> None:
     """The same from a "lanes" panel of quantised activations; blocks [r, 4]; weight_scale is read at every run.
 
-    codes: uint8, flat, of [K / 4][M rounded up to 16][4]: q + 128, padded with 128; K < 131072.
+    codes: uint8, flat, of tiles [K / 4][64][4], the last one [K / 4][its rows rounded up to 16][4], padded with 128; K < 131072. A code stands for (code - zeros[M]) *
+    scales[M]; without `zeros` (int32) all are 128, with them K <= 66311.
     """
 
 # ---- text: rows of tables by index, one vector for each sequence; float32 ----

@@ -86,7 +86,7 @@ static void sum_block_squares_f32_avx512(const float *weight, int64_t columns, i
 
 /* Add block b of R x C to the sums of its rows, V registers each. */
 FC_INLINE void add_block(const fc_blocks_tile *t, int64_t b, int R, int C, int V, __m512 *sum) {
-    const float *x = (const float *)t->panel + (int64_t)(t->index[b] - t->base) * C * V * 16;
+    const float *x = (const float *)t->panel + (int64_t)(t->index[b] - t->base) * C * t->stride;
     const float *w = (const float *)t->values + b * R * C;
 #pragma GCC unroll 4
     for (int c = 0; c < C; c++)
@@ -95,7 +95,7 @@ FC_INLINE void add_block(const fc_blocks_tile *t, int64_t b, int R, int C, int V
             const __m512 weight = _mm512_set1_ps(w[r * C + c]);
 #pragma GCC unroll 4
             for (int v = 0; v < V; v++)
-                sum[r * V + v] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(x + (c * V + v) * 16), sum[r * V + v]);
+                sum[r * V + v] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(x + c * t->stride + v * 16), sum[r * V + v]);
         }
 }
 

@@ -1,9 +1,9 @@
 /* Block weights: checked, packed, expanded, and multiplied with activations whose rows lie side by side in vector lanes.
  *
- * A product walks tiles of 64 columns of M. The activations of one K block of a tile are copied into a contiguous panel that
- * stays in L1 (rows of x that are a power of two apart would share a few cache sets), then every weight row of a chunk adds what
- * it has in that K block to sums on the stack. Each sum is one chain in ascending K, so no partition, tile width or K block
- * changes a bit.
+ * A product walks tiles of 64 columns of M. The activations of one K block of a tile form a contiguous panel that stays in L1:
+ * codes lie so, floats are copied (rows of x that are a power of two apart would share a few cache sets). Then every weight row
+ * of a chunk adds what it has in that K block to sums on the stack. Each sum is one chain in ascending K, so no partition, tile
+ * width or K block changes a bit.
  */
 #include "../fastcore.h"
 #include "../parallel.h"
@@ -134,6 +134,8 @@ static share divide(const fc_sparse_linear *a, int rank, int size) {
     return s;
 }
 
+_Static_assert((int)FC_LANES == (int)FC_INT8_TILE, "a tile of the product is a tile of the panel");
+
 typedef float dword;
 
 /* Copy `columns` dwords of each row and fill up to `width` with zeros. */
@@ -150,14 +152,19 @@ static void multiply(const fc_sparse_linear *a, fc_blocks_tile *tile, dword *pan
     const int coded = a->weight.kind == FC_BLOCKS_S8;
     const fc_blocks_split split = fc_blocks_split_k(&a->weight);
     const int64_t groups = a->weight.n / a->weight.block_rows, per_block = panel_rows(&a->weight);
-    const int64_t stride = coded ? (a->m + 15) / 16 * 16 : a->m, columns = a->weight.k / a->weight.block_cols;
+    const int64_t columns = a->weight.k / a->weight.block_cols,
+                  padded = (a->m + FC_INT8_LANES - 1) / FC_INT8_LANES * FC_INT8_LANES;
+    tile->stride = !coded ? tile->width : padded - m < FC_LANES ? padded - m : FC_LANES;
     /* A narrow tile takes several K blocks at once: as many as fill the panel. */
     const int64_t step = FC_LANES / tile->width;
     for (int64_t q = 0; q < split.count; q += step) {
         const int64_t next = q + step < split.count ? q + step : split.count;
         const int64_t begin = q * split.columns, end = next * split.columns < columns ? next * split.columns : columns;
-        copy_panel(panel, (const dword *)a->x + begin * per_block * stride + m, stride, (end - begin) * per_block,
-                   coded ? tile->width : count, tile->width);
+        if (coded)
+            tile->panel = (const uint8_t *)a->x + (m * columns + begin * tile->stride) * 4;
+        else
+            copy_panel(panel, (const dword *)a->x + begin * per_block * a->m + m, a->m, (end - begin) * per_block, count,
+                       tile->width);
         tile->base = (int32_t)begin;
         tile->begin = a->cuts + q * groups + g;
         tile->end = a->cuts + next * groups + g;
@@ -193,6 +200,7 @@ void fc_sparse_linear_run(const void *args, int rank, int size) {
     const fc_sparse_linear *a = args;
     _Alignas(64) dword panel[FC_PANEL_ROWS * FC_LANES];
     _Alignas(64) dword sum[FC_TILE_ROWS * FC_LANES];
+    _Alignas(64) int32_t zeros[FC_LANES];
     const fc_weight *w = &a->weight;
     const int64_t most = FC_TILE_ROWS / w->block_rows;
     const share s = divide(a, rank, size);
@@ -205,11 +213,13 @@ void fc_sparse_linear_run(const void *args, int rank, int size) {
                 .values = w->values,
                 .index = w->index,
                 .sums = a->sums ? a->sums + g * w->block_rows : NULL,
+                .zeros = zeros,
                 .sum = sum,
                 .groups = s.last_group - g < most ? s.last_group - g : most,
                 .block_rows = w->block_rows,
                 .block_cols = w->block_cols,
             };
+            for (int64_t i = 0; i < FC_LANES; i++) zeros[i] = a->zeros && i < count ? a->zeros[m + i] : 128;
             multiply(a, &tile, panel, g, m, count);
             finish(a, &tile, g * w->block_rows, m, count);
         }

@@ -3,12 +3,12 @@
  * Include it inside the target region of a file with FMA.
  */
 FC_INLINE void add_narrow_block(const fc_blocks_tile *t, int64_t b, int R, int C, __m128 *sum) {
-    const float *x = (const float *)t->panel + (int64_t)(t->index[b] - t->base) * C * 4;
+    const float *x = (const float *)t->panel + (int64_t)(t->index[b] - t->base) * C * t->stride;
     const float *w = (const float *)t->values + b * R * C;
 #pragma GCC unroll 4
     for (int c = 0; c < C; c++)
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) sum[r] = _mm_fmadd_ps(_mm_set1_ps(w[r * C + c]), _mm_load_ps(x + c * 4), sum[r]);
+        for (int r = 0; r < R; r++) sum[r] = _mm_fmadd_ps(_mm_set1_ps(w[r * C + c]), _mm_loadu_ps(x + c * t->stride), sum[r]);
 }
 
 /* G row groups from group g on, side by side while all have blocks left. */

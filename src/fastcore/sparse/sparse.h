@@ -43,12 +43,14 @@ typedef void fc_sum_block_squares_f32_fn(const float *weight, int64_t columns, i
 
 /* One tile of a product: `groups` row groups against one K block of `width` columns. */
 typedef struct fc_blocks_tile {
-    const void *panel;          /* [panel rows][width] dwords, 64-byte aligned: floats, or four codes of consecutive K */
+    const void *panel;          /* [panel rows][stride] dwords: floats, or four codes of consecutive K; any alignment */
+    int64_t stride;             /* at least width */
     int64_t width;              /* 4, 16, 32, 48 or 64 */
     const void *values;         /* blocks of [block_rows][block_cols] */
     const int32_t *index;       /* by block; its first panel row is (index - base) * block_cols, or index - base for codes */
     const int32_t *begin, *end; /* [groups]: the blocks of a group that fall into the panel */
     const int32_t *sums;        /* int8 only: [groups * block_rows] sums over the whole row */
+    const int32_t *zeros;       /* int8 only: [width] zero points, 64-byte aligned */
     void *sum;                  /* [groups * block_rows][width] float or int32, 64-byte aligned: the accumulators */
     int64_t groups;
     int32_t base, block_rows, block_cols;
@@ -57,7 +59,8 @@ typedef struct fc_blocks_tile {
 
 /* sum += values x panel, blocks of 1x1, 1x4, 2x4 or 4x4. One fused multiply-add per stored value, in ascending K: exact. */
 typedef void fc_multiply_blocks_f32_fn(const fc_blocks_tile *tile);
-/* The same over codes q + 128 (u8, 1..255) and int8 values in blocks of 1x4, 2x4 or 4x4: sum += values x q. Exact. */
+/* The same over codes (u8) and int8 values in -127..127, in blocks of 1x4, 2x4 or 4x4; sums start from -zeros[column] *
+ * sums[row], so that they end as values x (codes - zeros). Exact modulo 2^32. */
 typedef void fc_multiply_blocks_u8_s8_fn(const fc_blocks_tile *tile);
 
 /* What becomes of finished accumulators. `count` columns of each of `rows` rows are written; rows of out and residual are
@@ -129,9 +132,10 @@ void fc_blocks_prepare(const fc_weight *weight, int32_t *cuts, int32_t *sums);
 typedef struct fc_sparse_linear {
     fc_weight weight;
     const int32_t *cuts, *sums;
-    const void *x; /* float [k][m], or codes [k / 4][m rounded up to 16][4] */
+    const void *x; /* float [k][m], or codes in a "lanes" panel (quant.h) */
     int64_t m;
     const float *scales, *weight_scale; /* codes only: [m], [n] */
+    const int32_t *zeros;               /* codes only: [m], or NULL where all are 128 */
     const float *bias, *residual;       /* [n], [n][m]; may be NULL */
     float *out;                         /* [n][m]; may be residual, must not overlap x */
     fc_activation activation;

@@ -23,6 +23,7 @@ cdef extern from "sparse/sparse.h" nogil:
         int64_t m
         const float *scales
         const float *weight_scale
+        const int32_t *zeros
         const float *bias
         const float *residual
         float *out
@@ -223,9 +224,12 @@ def sparse_linear(
 
 def sparse_linear_int8(
     Program program not None, object codes not None, object scales not None, int64_t m, PackedBlocks weight not None,
-    object weight_scale not None, object out not None, object bias, object activation, object residual,
+    object weight_scale not None, object out not None, object bias, object activation, object residual, object zeros=None,
 ):
-    """Append the same product from a "lanes" panel of codes, uint8 [K / 4][m rounded up to 16][4], with scales[m]."""
+    """Append the same product from a "lanes" panel of codes, uint8, with scales[m].
+
+    A code stands for (code - zeros[m]) * scales[m]; without `zeros` (int32) all are 128.
+    """
     cdef fc_sparse_linear a
     if weight.view.kind != FC_BLOCKS_S8:
         raise ValueError("weight: expected int8 blocks, got float32")
@@ -236,5 +240,8 @@ def sparse_linear_int8(
     a.x = pointer(codes, "codes", "B", (weight.view.k * ((m + 15) // 16 * 16),))
     a.scales = <const float *>pointer(scales, "scales", "f", (m,))
     a.weight_scale = <const float *>pointer(weight_scale, "weight_scale", "f", (weight.view.n,))
+    a.zeros = <const int32_t *>optional_pointer(zeros, "zeros", "i", (m,))
+    if zeros is not None:
+        check_depth(weight.view.k, "tile")  # codes reach 255 from a zero point, not 127
     bind_epilogue(&a, out, bias, activation, residual)
-    program.add(fc_sparse_linear_run, &a, sizeof(a), (codes, scales, weight, weight_scale, out, bias, residual))
+    program.add(fc_sparse_linear_run, &a, sizeof(a), (codes, scales, weight, weight_scale, out, bias, residual, zeros))
