@@ -1,7 +1,5 @@
 /* AVX-512: the shared bodies in vectors of 16, and a transpose of 16 x 16 tiles held in registers.
- *
- * A tile is four rounds of sixteen shuffles (pairs of 1, 2, 4 and 8 columns): one per four elements, which keeps ahead of the
- * stores. Edges use the masked forms of the same loads and stores.
+ * Edges use the masked forms of the same loads and stores.
  */
 #include "../fastcore.h"
 
@@ -20,6 +18,7 @@ FC_INLINE void store_part(float *x, int count, const float *lanes) {
 }
 
 #include "body.h"
+#include "transpose512.h"
 
 static void activate_f32_avx512(fc_activation kind, const float *x, int64_t n, float *out) { activate_body(kind, x, n, out); }
 static void activate_grad_f32_avx512(fc_activation kind, const float *dy, const float *x, int64_t n, float *dx) {
@@ -64,31 +63,12 @@ static void distillation_grad_f32_avx512(const float *x, const float *teacher, i
 
 /* Rows and columns of the tile, 1 to 16 each; constants where the tile is whole. */
 FC_INLINE void transpose_tile(const float *x, int64_t x_stride, int rows, int columns, float *out, int64_t out_stride) {
-    __m512 a[16], b[16];
+    __m512 a[16];
     const __mmask16 wide = first_lanes(columns), high = first_lanes(rows);
     for (int i = 0; i < 16; i++) a[i] = i < rows ? _mm512_maskz_loadu_ps(wide, x + i * x_stride) : _mm512_setzero_ps();
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int k = 0; k < 2; k++) {
-            const __m512d first = _mm512_castps_pd(b[i + k]), second = _mm512_castps_pd(b[i + k + 2]);
-            a[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(first, second));
-            a[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(first, second));
-        }
-    /* a[4 g + c] now holds, of rows 4 g to 4 g + 3, the columns c, c + 4, c + 8 and c + 12. */
-    for (int c = 0; c < 4; c++)
-        for (int g = 0; g < 2; g++) {
-            b[8 * g + c] = _mm512_shuffle_f32x4(a[8 * g + c], a[8 * g + c + 4], 0x88);
-            b[8 * g + c + 4] = _mm512_shuffle_f32x4(a[8 * g + c], a[8 * g + c + 4], 0xdd);
-        }
-    for (int c = 0; c < 4; c++)
-        for (int q = 0; q < 4; q++) {
-            const __m512 low = b[c + 4 * (q & 1)], top = b[8 + c + 4 * (q & 1)];
-            const __m512 line = q < 2 ? _mm512_shuffle_f32x4(low, top, 0x88) : _mm512_shuffle_f32x4(low, top, 0xdd);
-            if (c + 4 * q < columns) _mm512_mask_storeu_ps(out + (c + 4 * q) * out_stride, high, line);
-        }
+    transpose_vectors(a);
+    for (int i = 0; i < 16; i++)
+        if (i < columns) _mm512_mask_storeu_ps(out + i * out_stride, high, a[i]);
 }
 
 static void transpose_f32_avx512(const float *x, int64_t x_stride, int64_t rows, int64_t columns, float *out,

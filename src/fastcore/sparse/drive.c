@@ -177,17 +177,19 @@ static void multiply(const fc_sparse_linear *a, fc_blocks_tile *tile, dword *pan
 }
 
 static void finish(const fc_sparse_linear *a, const fc_blocks_tile *tile, int64_t row, int64_t m, int64_t count) {
+    const int64_t stride = a->to_rows ? a->weight.n : a->m, at = a->to_rows ? m * stride + row : row * stride + m;
     const fc_lanes_epilogue epilogue = {
         .sum = tile->sum,
         .width = tile->width,
         .count = count,
         .rows = tile->groups * tile->block_rows,
-        .stride = a->m,
+        .stride = stride,
+        .transposed = a->to_rows,
         .scales = a->scales ? a->scales + m : NULL,
         .weight_scale = a->weight_scale ? a->weight_scale + row : NULL,
         .bias = a->bias ? a->bias + row : NULL,
-        .residual = a->residual ? a->residual + row * a->m + m : NULL,
-        .out = a->out + row * a->m + m,
+        .residual = a->residual ? a->residual + at : NULL,
+        .out = a->out + at,
         .activation = a->activation,
     };
     if (a->weight.kind == FC_BLOCKS_S8)
