@@ -258,7 +258,11 @@ def scale(program: Program, x: Array, factor: float, out: Array) -> None: ...
 def column_sum(program: Program, x: Array, out: Array) -> None:
     """out[N] = sum over M of x[M,N], in a fixed order."""
 
-def layer_norm(program: Program, x: Array, gamma: Array | None, beta: Array | None, epsilon: float, out: Array) -> None: ...
+def layer_norm(
+    program: Program, x: Array, gamma: Array | None, beta: Array | None, epsilon: float, out: Array, lanes: bool = False
+) -> None:
+    """With `lanes`, x and out are [N,M], the rows side by side; the bits are the same."""
+
 def layer_norm_grad(
     program: Program,
     dy: Array,
@@ -390,10 +394,11 @@ def sparse_linear(
     bias: Array | None,
     activation: str | None,
     residual: Array | None,
+    to_rows: bool = False,
 ) -> None:
     """Lanes in, lanes out: out[N,M] = activation(weight[N,K] @ x[K,M] + bias) + residual[N,M], float32 blocks [r, c].
 
-    The values of a Weight are read at every run. out may be residual; it must not overlap x. A column's bits do not depend on M.
+    With `to_rows`, out and residual are [M,N]. The values of a Weight are read at every run. out may be residual; it must not overlap x. A column's bits do not depend on M.
     """
 
 def sparse_linear_int8(
@@ -408,6 +413,7 @@ def sparse_linear_int8(
     activation: str | None,
     residual: Array | None,
     zeros: Array | None = None,
+    to_rows: bool = False,
 ) -> None:
     """The same from a "lanes" panel of quantised activations; blocks [r, 4]; weight_scale is read at every run.
 

@@ -126,6 +126,7 @@ class Layout:
         self.precision, self.low_precision = options.precision, options.low_precision
         self.steps: list[Step] = []
         self.chosen: dict[str, Product] = {}  # by node
+        self.readers = _readers(model)
         self.scales: dict[str, Buffer] = {}
         self.panels: dict[tuple[str, str, tuple[float, int] | None], tuple[Buffer, Buffer, Buffer | None]] = {}
         self.inputs = {name: self._fresh(name, "rows") for name in model.inputs}
@@ -188,6 +189,12 @@ class Layout:
         """A new buffer for a value that the present node makes."""
         self.forms[name] = {layout: self._fresh(name, layout)}
         return self.forms[name][layout]
+
+    def wanted(self, name: str) -> str:
+        """The layout to make a value in where a kernel can write either: lanes if that saves a reader a conversion."""
+        readers = self.readers.get(name, ())
+        lanes = any(find(node).takes_lanes(node, index, self) for node, index in readers if node.name not in self.values)
+        return "lanes" if lanes and name not in self.bound else "rows"
 
     def alias(self, name: str, buffer: Buffer) -> bool:
         """Let a value that the present node makes be another buffer under its own shape: no step, no copy.
@@ -308,6 +315,15 @@ class Layout:
         used = [b for step in self.steps for b in step.buffers()] + [*self.inputs.values(), *self.outputs.values()]
         self.packs = {arg for step in self.steps for arg in step.args if isinstance(arg, Packed)}
         return place(list({id(b.root): b.root for b in used if not b.external}.values()))
+
+
+def _readers(model: Model) -> dict[str, list[tuple[Node, int]]]:
+    """By value: the nodes that read it, and as which input."""
+    readers: dict[str, list[tuple[Node, int]]] = {}
+    for node in model.nodes:
+        for index, name in enumerate(node.inputs):
+            readers.setdefault(name, []).append((node, index))
+    return readers
 
 
 def _groups(steps: list[Step], inputs: Iterable[Buffer]) -> list[int]:

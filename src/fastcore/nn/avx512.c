@@ -61,6 +61,53 @@ static void distillation_grad_f32_avx512(const float *x, const float *teacher, i
     distillation_grad_body(x, teacher, n, factor, soft, hard, out);
 }
 
+/* Fold 16 lanes of sums as fold_sum does. */
+FC_INLINE __m512 fold_vectors(__m512 *sums) {
+#pragma GCC unroll 4
+    for (int half = 8; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int l = 0; l < half; l++) sums[l] = _mm512_add_ps(sums[l], sums[l + half]);
+    return sums[0];
+}
+
+/* The sum down 16 columns of x, or of (x - mean)^2, each in the 16 lanes that it has along a row. */
+FC_INLINE __m512 sum_down(const float *x, int64_t stride, int64_t n, __mmask16 live, const __m512 *mean) {
+    __m512 sums[16];
+#pragma GCC unroll 16
+    for (int l = 0; l < 16; l++) sums[l] = _mm512_setzero_ps();
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16, x += 16 * stride)
+#pragma GCC unroll 16
+        for (int l = 0; l < 16; l++) {
+            const __m512 v = _mm512_maskz_loadu_ps(live, x + l * stride);
+            sums[l] = mean ? _mm512_fmadd_ps(_mm512_sub_ps(v, *mean), _mm512_sub_ps(v, *mean), sums[l]) : _mm512_add_ps(sums[l], v);
+        }
+#pragma GCC unroll 15
+    for (int l = 0; l < 15; l++) {
+        if (i + l >= n) break;
+        const __m512 v = _mm512_maskz_loadu_ps(live, x + l * stride);
+        sums[l] = mean ? _mm512_fmadd_ps(_mm512_sub_ps(v, *mean), _mm512_sub_ps(v, *mean), sums[l]) : _mm512_add_ps(sums[l], v);
+    }
+    return fold_vectors(sums);
+}
+
+static void layer_norm_lanes_f32_avx512(const float *x, int64_t stride, int64_t rows, int64_t n, const float *gamma,
+                                        const float *beta, float epsilon, float *out) {
+    const __m512 count = _mm512_set1_ps((float)n);
+    for (int64_t r = 0; r < rows; r += 16) {
+        const __mmask16 live = first_lanes(rows - r);
+        const __m512 mean = _mm512_div_ps(sum_down(x + r, stride, n, live, NULL), count);
+        const __m512 variance = _mm512_div_ps(sum_down(x + r, stride, n, live, &mean), count);
+        const __m512 deviation = _mm512_sqrt_ps(_mm512_add_ps(variance, _mm512_set1_ps(epsilon)));
+        const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), deviation);
+        for (int64_t i = 0; i < n; i++) {
+            const __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(live, x + i * stride + r), mean), inverse);
+            const __m512 factor = _mm512_set1_ps(gamma ? gamma[i] : 1.0f), shift = _mm512_set1_ps(beta ? beta[i] : 0.0f);
+            _mm512_mask_storeu_ps(out + i * stride + r, live, _mm512_fmadd_ps(v, factor, shift));
+        }
+    }
+}
+
 /* Rows and columns of the tile, 1 to 16 each; constants where the tile is whole. */
 FC_INLINE void transpose_tile(const float *x, int64_t x_stride, int rows, int columns, float *out, int64_t out_stride) {
     __m512 a[16];
@@ -97,6 +144,7 @@ void fc_nn_install_avx512(fc_table *table) {
     FC_INSTALL(table, squared_error_f32, avx512);
     FC_INSTALL(table, column_sum_f32, avx512);
     FC_INSTALL(table, layer_norm_f32, avx512);
+    FC_INSTALL(table, layer_norm_lanes_f32, avx512);
     FC_INSTALL(table, layer_norm_grad_f32, avx512);
     FC_INSTALL(table, layer_norm_gamma_f32, avx512);
     FC_INSTALL(table, softmax_f32, avx512);

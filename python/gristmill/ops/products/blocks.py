@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from gristmill import _core
 from gristmill.ops.op import Binder, Node
-from gristmill.ops.products.product import Product, epilogue, matrices, results, static_scale
+from gristmill.ops.products.product import Product, epilogue, results, static_scale
 from gristmill.tensor import Sparse, Tensor
 
 
@@ -26,9 +26,11 @@ class BlocksFloat(Blocks):
     """float32 blocks."""
 
     def bind(self, node: Node, binder: Binder) -> None:
-        x, residual, out = matrices(node, binder, "lanes")
+        layout = binder.wanted(node.outputs[0])
+        x = binder.lanes(node.inputs[0])
+        residual, out = results(node, binder, layout)
         packed = binder.packed(node.inputs[1], _core.pack_sparse)
-        binder.step(_core.sparse_linear, x, packed, out, *epilogue(node, binder, residual))
+        binder.step(_core.sparse_linear, x, packed, out, *epilogue(node, binder, residual), layout == "rows")
 
     def nbytes(self, tensor: Tensor, m: int) -> int:
         return blocks_nbytes(tensor) + 4 * m * tensor.shape[1]
@@ -41,9 +43,11 @@ class BlocksInt8(Blocks):
     def bind(self, node: Node, binder: Binder) -> None:
         weight = node.inputs[1]
         codes, scales, _, m = binder.codes(node.inputs[0], "lanes")
-        residual, out = results(node, binder, "lanes")
+        layout = binder.wanted(node.outputs[0])
+        residual, out = results(node, binder, layout)
         packed, scale = binder.packed(weight, _core.pack_sparse), binder.scale(weight)
-        binder.step(_core.sparse_linear_int8, codes, scales, m, packed, scale, out, *epilogue(node, binder, residual))
+        extras = (*epilogue(node, binder, residual), None, layout == "rows")
+        binder.step(_core.sparse_linear_int8, codes, scales, m, packed, scale, out, *extras)
 
     def nbytes(self, tensor: Tensor, m: int) -> int:
         return blocks_nbytes(tensor) + m * tensor.shape[1]
