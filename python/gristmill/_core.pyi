@@ -320,15 +320,14 @@ def quantize_activations(
     layout: str,
     codes: Array,
     scales: Array,
-    zeros: Array | None = None,
+    zeros: Array,
     scale: float | None = None,
     zero_point: int = 128,
 ) -> None:
     """Quantise float32 x per row m (rows [M,K], or lanes [K,M] if `lanes`): a uint8 panel of `layout`, scales[M], int32 zeros[M].
 
-    A code stands for (code - zero) * scale. "tile" spreads 256 codes from min(0, min x) to max(0, max x); "lanes" is symmetric,
-    has 128 for all zeros and needs no `zeros` unless a static zero point is another. With a static `scale`: codes = clip(round
-    half even(x / scale) + zero_point, 0, 255), all scales and zeros are these.
+    A code stands for (code - zero) * scale. The 256 codes are spread from min(0, min x) to max(0, max x) of a row. With a static
+    `scale`, codes = clip(round half even(x / scale) + zero_point, 0, 255), all scales and zeros are these.
     """
 
 class PackedInt8:
@@ -419,6 +418,28 @@ def sparse_linear_int8(
 
     codes: uint8, flat, of tiles [K / 4][64][4], the last one [K / 4][its rows rounded up to 16][4], padded with 128; K < 131072. A code stands for (code - zeros[M]) *
     scales[M]; without `zeros` (int32) all are 128, with them K <= 66311.
+    """
+
+def sparse_linear_to_codes(
+    program: Program,
+    codes: Array,
+    scales: Array,
+    zeros: Array,
+    m: int,
+    weight: PackedBlocks,
+    weight_scale: Array,
+    bias: Array | None,
+    activation: str | None,
+    out_codes: Array,
+    out_scales: Array,
+    out_zeros: Array,
+    scratch: Array,
+    scale: float | None = None,
+    zero_point: int = 128,
+) -> None:
+    """activation(weight[N,K] @ x + bias) as the "lanes" panel of codes that quantize_activations makes of it, scale and all.
+
+    scratch: uint8, 256 N bytes for each thread; with less, fewer work.
     """
 
 # ---- text: rows of tables by index, one vector for each sequence; float32 ----

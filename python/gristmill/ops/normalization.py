@@ -96,8 +96,9 @@ class LayerNormalization(Op):
         alone = list(split) == [True] + [False] * (len(split) - 1)
         return alone and rank > 1 and axis_of(node, node.attributes.get("axis", -1), rank) > 0
 
-    def takes_lanes(self, node: Node, index: int, binder: Binder) -> bool:
-        return index == 0 and last(node.attributes.get("axis", -1), len(binder.shape(node.inputs[0])))
+    def reads(self, node: Node, index: int, binder: Binder) -> str:
+        along_rows = index == 0 and last(node.attributes.get("axis", -1), len(binder.shape(node.inputs[0])))
+        return "lanes" if along_rows else "rows"
 
     def bind(self, node: Node, binder: Binder) -> bool:
         shape = binder.shape(node.inputs[0])
@@ -108,7 +109,8 @@ class LayerNormalization(Op):
             return False
         rows, columns = prod(shape[:axis]), prod(shape[axis:])
         gamma, beta = (None if factor is None else factor.reshape(columns) for factor in factors)
-        x, layout = binder.stored(node.inputs[0]) if self.takes_lanes(node, 0, binder) else (binder.rows(node.inputs[0]), "rows")
+        lanes = self.reads(node, 0, binder) == "lanes"
+        x, layout = binder.stored(node.inputs[0]) if lanes else (binder.rows(node.inputs[0]), "rows")
         out = binder.output(node.outputs[0], layout)
         if layout == "rows":
             x, out = x.reshape(rows, columns), out.reshape(rows, columns)

@@ -177,7 +177,8 @@ static void multiply(const fc_sparse_linear *a, fc_blocks_tile *tile, dword *pan
 }
 
 static void finish(const fc_sparse_linear *a, const fc_blocks_tile *tile, int64_t row, int64_t m, int64_t count) {
-    const int64_t stride = a->to_rows ? a->weight.n : a->m, at = a->to_rows ? m * stride + row : row * stride + m;
+    const int64_t stride = a->codes.codes ? FC_LANES : a->to_rows ? a->weight.n : a->m;
+    const int64_t at = a->codes.codes ? row * stride : a->to_rows ? m * stride + row : row * stride + m;
     const fc_lanes_epilogue epilogue = {
         .sum = tile->sum,
         .width = tile->width,
@@ -198,31 +199,59 @@ static void finish(const fc_sparse_linear *a, const fc_blocks_tile *tile, int64_
         fc_kernels.finish_lanes_f32(&epilogue);
 }
 
-void fc_sparse_linear_run(const void *args, int rank, int size) {
-    const fc_sparse_linear *a = args;
+/* Row groups first ... last of the columns m ... (count of them). */
+static void run_tile(const fc_sparse_linear *a, int64_t first, int64_t last, int64_t m, int64_t count) {
     _Alignas(64) dword panel[FC_PANEL_ROWS * FC_LANES];
     _Alignas(64) dword sum[FC_TILE_ROWS * FC_LANES];
     _Alignas(64) int32_t zeros[FC_LANES];
     const fc_weight *w = &a->weight;
     const int64_t most = FC_TILE_ROWS / w->block_rows;
+    for (int64_t i = 0; i < FC_LANES; i++) zeros[i] = a->zeros && i < count ? a->zeros[m + i] : 128;
+    for (int64_t g = first; g < last; g += most) {
+        fc_blocks_tile tile = {
+            .panel = panel,
+            .width = count <= 4 ? 4 : (count + 15) / 16 * 16,
+            .values = w->values,
+            .index = w->index,
+            .sums = a->sums ? a->sums + g * w->block_rows : NULL,
+            .zeros = zeros,
+            .sum = sum,
+            .groups = last - g < most ? last - g : most,
+            .block_rows = w->block_rows,
+            .block_cols = w->block_cols,
+        };
+        multiply(a, &tile, panel, g, m, count);
+        finish(a, &tile, g * w->block_rows, m, count);
+    }
+}
+
+/* Each tile is made in float32 where it stays in L2, then quantised. */
+static void run_to_codes(const fc_sparse_linear *a, int rank, int size) {
+    const fc_weight *w = &a->weight;
+    const int team = a->tiles < size ? (int)a->tiles : size;
+    fc_sparse_linear part = *a;
+    int64_t begin, end;
+    if (rank >= team) return;
+    fc_partition(a->m, FC_LANES, rank, team, &begin, &end);
+    part.out = a->out + rank * w->n * FC_LANES;
+    for (int64_t m = begin; m < end; m += FC_LANES) {
+        const int64_t count = end - m < FC_LANES ? end - m : FC_LANES;
+        run_tile(&part, 0, w->n / w->block_rows, m, count);
+        fc_quantize_tile(&a->codes, part.out, FC_LANES, m, m + count);
+    }
+}
+
+void fc_sparse_linear_run(const void *args, int rank, int size) {
+    const fc_sparse_linear *a = args;
+    if (a->codes.codes) {
+        run_to_codes(a, rank, size);
+        return;
+    }
+    const int64_t most = FC_TILE_ROWS / a->weight.block_rows;
     const share s = divide(a, rank, size);
     for (int64_t g = s.first_group; g < s.last_group; g += most)
         for (int64_t m = s.first_column; m < s.last_column; m += FC_LANES) {
-            const int64_t count = s.last_column - m < FC_LANES ? s.last_column - m : FC_LANES;
-            fc_blocks_tile tile = {
-                .panel = panel,
-                .width = count <= 4 ? 4 : (count + 15) / 16 * 16,
-                .values = w->values,
-                .index = w->index,
-                .sums = a->sums ? a->sums + g * w->block_rows : NULL,
-                .zeros = zeros,
-                .sum = sum,
-                .groups = s.last_group - g < most ? s.last_group - g : most,
-                .block_rows = w->block_rows,
-                .block_cols = w->block_cols,
-            };
-            for (int64_t i = 0; i < FC_LANES; i++) zeros[i] = a->zeros && i < count ? a->zeros[m + i] : 128;
-            multiply(a, &tile, panel, g, m, count);
-            finish(a, &tile, g * w->block_rows, m, count);
+            const int64_t last = s.last_group - g < most ? s.last_group : g + most;
+            run_tile(a, g, last, m, s.last_column - m < FC_LANES ? s.last_column - m : FC_LANES);
         }
 }
