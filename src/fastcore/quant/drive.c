@@ -95,16 +95,20 @@ static float choose_scale(float low, float high, float *inverse, int32_t *zero) 
     return scale;
 }
 
+static void fill_scale(const fc_quantize_activations_args *a, int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; r++) {
+        a->scales[r] = a->scale;
+        a->zeros[r] = a->zero_point;
+    }
+}
+
 /* Rows first ... first + count of the matrix, which lie at x, `stride` from one row, or lane, to the next; count <= STRIP. */
 static void quantize_strip(const fc_quantize_activations_args *a, const float *x, int64_t stride, int64_t first, int64_t count,
                            uint8_t *out, int64_t out_stride) {
     float low[STRIP], high[STRIP], inverse[STRIP];
     int32_t zeros[STRIP];
     if (a->scale != 0.0f) {
-        for (int64_t r = 0; r < count; r++) {
-            a->scales[first + r] = a->scale;
-            a->zeros[first + r] = a->zero_point;
-        }
+        fill_scale(a, first, first + count);
         if (a->x_lanes)
             fc_kernels.quantize_static_lanes_f32_u8(x, stride, count, a->k, a->scale, a->zero_point, out, out_stride);
         else
@@ -124,13 +128,36 @@ static void quantize_strip(const fc_quantize_activations_args *a, const float *x
         fc_kernels.quantize_rows_f32_u8(x, stride, count, a->k, inverse, zeros, out, out_stride);
 }
 
-void fc_quantize_tile(const fc_quantize_activations_args *a, const float *x, int64_t stride, int64_t first, int64_t last) {
+/* Where a tile of a "lanes" panel lies, and what it holds of its rows first ... last. */
+typedef struct panel_tile {
+    uint8_t *codes;     /* of row `first` */
+    int64_t width, pad; /* dwords from one depth to the next; rows of padding after `last`, where it is the last of all */
+} panel_tile;
+
+static panel_tile find_tile(const fc_quantize_activations_args *a, int64_t first, int64_t last) {
     const int64_t k4 = (a->k + 3) / 4, padded = (a->m + FC_INT8_LANES - 1) / FC_INT8_LANES * FC_INT8_LANES;
-    const int64_t tile = first / FC_INT8_TILE * FC_INT8_TILE, width = smaller(FC_INT8_TILE, padded - tile);
-    uint8_t *out = a->codes + tile * k4 * 4;
-    quantize_strip(a, x, stride, first, last - first, out + (first - tile) * 4, width);
-    for (int64_t i = 0; i < k4 && last == a->m; i++)
-        memset(out + (i * width + last - tile) * 4, 128, (size_t)(padded - last) * 4);
+    const int64_t tile = first / FC_INT8_TILE * FC_INT8_TILE;
+    return (panel_tile){a->codes + (tile * k4 + first - tile) * 4, smaller(FC_INT8_TILE, padded - tile),
+                        last == a->m ? padded - last : 0};
+}
+
+static void fill_up(const panel_tile *t, int64_t rows, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end && t->pad; i++) memset(t->codes + (i * t->width + rows) * 4, 128, (size_t)t->pad * 4);
+}
+
+void fc_quantize_tile(const fc_quantize_activations_args *a, const float *x, int64_t stride, int64_t first, int64_t last) {
+    const panel_tile t = find_tile(a, first, last);
+    quantize_strip(a, x, stride, first, last - first, t.codes, t.width);
+    fill_up(&t, last - first, 0, (a->k + 3) / 4);
+}
+
+void fc_quantize_depths(const fc_quantize_activations_args *a, const float *x, int64_t stride, int64_t first, int64_t last,
+                        int64_t depth, int64_t end) {
+    const panel_tile t = find_tile(a, first, last);
+    uint8_t *out = t.codes + depth * t.width;
+    if (depth == 0) fill_scale(a, first, last);
+    fc_kernels.quantize_static_lanes_f32_u8(x, stride, last - first, end - depth, a->scale, a->zero_point, out, t.width);
+    fill_up(&t, last - first, depth / 4, (end + 3) / 4);
 }
 
 /* Rows begin ... end of a panel of lanes: strips end where tiles do, for a tile has its own stride. */

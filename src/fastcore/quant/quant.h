@@ -132,6 +132,10 @@ void fc_quantize_activations(const void *args, int rank, int size);
 /* Rows first ... last of one tile of a "lanes" panel, from x[k][stride] if x_lanes, else x[last - first][stride]; the last rows
  * of all fill up the panel. Reads no a->x. */
 void fc_quantize_tile(const fc_quantize_activations_args *a, const float *x, int64_t stride, int64_t first, int64_t last);
+/* The same with a static scale and x_lanes, at the depths depth ... end of k alone: x[end - depth][stride]. depth is a multiple of
+ * 4, and so is end unless it is k. */
+void fc_quantize_depths(const fc_quantize_activations_args *a, const float *x, int64_t stride, int64_t first, int64_t last,
+                        int64_t depth, int64_t end);
 
 /* A weight in the order the tiles read it, the same on every instruction set. */
 typedef struct fc_packed_int8 {

@@ -144,7 +144,8 @@ typedef struct fc_sparse_linear {
     int to_rows;
     fc_activation activation;
     /* Unless codes.codes is NULL the result becomes codes, of m rows of n in a "lanes" panel, and out is a tile [n][64] for each of
-     * `tiles` ranks (more do nothing): no float32 of the result leaves the cache. No residual then, and not to_rows. */
+     * `tiles` ranks (more do nothing): no float32 of the result leaves the cache. No residual then, and not to_rows. With a static
+     * scale nothing is written to out. */
     fc_quantize_activations_args codes;
     int64_t tiles;
 } fc_sparse_linear;
