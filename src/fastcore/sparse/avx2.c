@@ -8,7 +8,7 @@
 
 #ifdef FC_X86
 FC_TARGET_AVX2
-#include "narrow.h"
+#include "narrow_f32.h"
 
 FC_INLINE uint32_t magnitude(float x) {
     uint32_t bits;
@@ -125,7 +125,7 @@ FC_INLINE void add_slice_f32(const fc_blocks_tile *t, int64_t offset, int R, int
 FC_INLINE void add_blocks_f32(const fc_blocks_tile *t, int R, int C) {
     const int64_t widest = 64 / R;
     int64_t offset = 0;
-    if (t->width == 4) add_narrow_tile(t, R, C);
+    if (t->width == 4) add_narrow_tile_f32(t, R, C);
     for (; offset + widest <= t->width; offset += widest) add_slice_f32(t, offset, R, C, 8 / R);
     if (R == 1 && offset + 32 <= t->width) add_slice_f32(t, offset, R, C, 4), offset += 32;
     if (R <= 2 && offset + 16 <= t->width) add_slice_f32(t, offset, R, C, 2);
@@ -164,6 +164,7 @@ FC_INLINE void add_block_u8_s8(const fc_blocks_tile *t, int64_t b, int64_t offse
         for (int r = 0; r < R; r++) {
             sum[r * V + v] = _mm256_add_epi32(sum[r * V + v], _mm256_madd_epi16(even[r], evens));
             sum[r * V + v] = _mm256_add_epi32(sum[r * V + v], _mm256_madd_epi16(odd[r], odds));
+            __asm__("" : "+x"(sum[r * V + v])); /* keeps the sum in its register */
         }
     }
 }
@@ -188,40 +189,18 @@ FC_INLINE void add_slice_u8_s8(const fc_blocks_tile *t, int64_t offset, int R, i
     }
 }
 
-FC_INLINE __m128i narrow_start_u8_s8(const fc_blocks_tile *t, int64_t row) {
-    return _mm_mullo_epi32(_mm_set1_epi32((int32_t)-(uint32_t)t->sums[row]), _mm_load_si128((const __m128i *)t->zeros));
+FC_INLINE __m128i dot(__m128i sum, __m128i codes, __m128i weights) {
+    const __m128i evens = _mm_and_si128(codes, _mm_set1_epi16(0xff)), odds = _mm_srli_epi16(codes, 8);
+    const __m128i even = _mm_srai_epi16(_mm_slli_epi16(weights, 8), 8), odd = _mm_srai_epi16(weights, 8);
+    return _mm_add_epi32(sum, _mm_add_epi32(_mm_madd_epi16(evens, even), _mm_madd_epi16(odds, odd)));
 }
 
-/* At most four columns: one 128-bit register per row. */
-FC_INLINE void add_narrow_tile_u8_s8(const fc_blocks_tile *t, int R) {
-    for (int64_t g = 0; g < t->groups; g++) {
-        __m128i sum[4];
-        int32_t *sums = (int32_t *)t->sum + g * R * 4;
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++)
-            sum[r] = t->first ? narrow_start_u8_s8(t, g * R + r) : _mm_load_si128((const __m128i *)(sums + r * 4));
-        for (int64_t b = t->begin[g]; b < t->end[g]; b++) {
-            const uint8_t *codes = (const uint8_t *)t->panel + (int64_t)(t->index[b] - t->base) * t->stride * 4;
-            const __m128i x = _mm_loadu_si128((const __m128i *)codes);
-            const __m128i evens = _mm_and_si128(x, _mm_set1_epi16(0xff)), odds = _mm_srli_epi16(x, 8);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) {
-                int32_t four;
-                memcpy(&four, (const int8_t *)t->values + (b * R + r) * 4, sizeof four);
-                const __m128i weights = _mm_set1_epi32(four), odd = _mm_srai_epi16(weights, 8);
-                const __m128i even = _mm_srai_epi16(_mm_slli_epi16(weights, 8), 8);
-                sum[r] = _mm_add_epi32(sum[r], _mm_add_epi32(_mm_madd_epi16(even, evens), _mm_madd_epi16(odd, odds)));
-            }
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) _mm_store_si128((__m128i *)(sums + r * 4), sum[r]);
-    }
-}
+#include "narrow_int8.h"
 
 FC_INLINE void add_blocks_u8_s8(const fc_blocks_tile *t, int R) {
     const int64_t widest = 64 / R;
     int64_t offset = 0;
-    if (t->width == 4) add_narrow_tile_u8_s8(t, R);
+    if (t->width < 16) add_narrow(t, R);
     for (; offset + widest <= t->width; offset += widest) add_slice_u8_s8(t, offset, R, 8 / R);
     if (R == 1 && offset + 32 <= t->width) add_slice_u8_s8(t, offset, R, 4), offset += 32;
     if (R <= 2 && offset + 16 <= t->width) add_slice_u8_s8(t, offset, R, 2);

@@ -13,7 +13,7 @@
 FC_TARGET_AVX512
 #include "../nn/gelu512.h"
 #include "../nn/transpose512.h"
-#include "narrow.h"
+#include "narrow_f32.h"
 
 enum { PIECE = 1024 };
 
@@ -128,7 +128,7 @@ FC_INLINE void add_tile(const fc_blocks_tile *t, int G, int R, int C, int V) {
 
 FC_INLINE void add_blocks(const fc_blocks_tile *t, int R, int C) {
     switch (t->width / 16) {
-    case 0: add_narrow_tile(t, R, C); break;
+    case 0: add_narrow_tile_f32(t, R, C); break;
     case 1: add_tile(t, 4 / R, R, C, 1); break;
     case 2: add_tile(t, R == 1 ? 2 : 1, R, C, 2); break;
     case 3: add_tile(t, 1, R, C, 3); break;

@@ -9,6 +9,10 @@
 #ifdef FC_X86
 FC_TARGET_AVX512VNNI
 
+FC_INLINE __m128i dot(__m128i sum, __m128i codes, __m128i weights) { return _mm_dpbusd_epi32(sum, codes, weights); }
+
+#include "narrow_int8.h"
+
 /* Add block b of R x 4 to the sums of its rows, V registers each. */
 FC_INLINE void add_block(const fc_blocks_tile *t, int64_t b, int R, int V, __m512i *sum) {
     const uint8_t *x = (const uint8_t *)t->panel + (int64_t)(t->index[b] - t->base) * t->stride * 4;
@@ -52,45 +56,9 @@ FC_INLINE void add_tile(const fc_blocks_tile *t, int U, int R, int V) {
     for (int64_t g = 0; g < t->groups; g++) add_group(t, g, U, R, V);
 }
 
-FC_INLINE void add_narrow_block(const fc_blocks_tile *t, int64_t b, int R, __m128i *sum) {
-    const uint8_t *codes = (const uint8_t *)t->panel + (int64_t)(t->index[b] - t->base) * t->stride * 4;
-    const __m128i x = _mm_loadu_si128((const __m128i *)codes);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-        int32_t four;
-        memcpy(&four, (const int8_t *)t->values + (b * R + r) * 4, sizeof four);
-        sum[r] = _mm_dpbusd_epi32(sum[r], x, _mm_set1_epi32(four));
-    }
-}
-
-FC_INLINE __m128i narrow_start(const fc_blocks_tile *t, int64_t row) {
-    return _mm_mullo_epi32(_mm_set1_epi32((int32_t)-(uint32_t)t->sums[row]), _mm_load_si128((const __m128i *)t->zeros));
-}
-
-/* At most four columns, in 128-bit registers: a wider load would take the load ports longer for nothing. */
-FC_INLINE void add_narrow_tile(const fc_blocks_tile *t, int R) {
-    const int U = 4 / R;
-    for (int64_t g = 0; g < t->groups; g++) {
-        __m128i sum[4], *sums = (__m128i *)t->sum + g * R;
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) sum[r] = t->first ? narrow_start(t, g * R + r) : _mm_load_si128(sums + r);
-#pragma GCC unroll 4
-        for (int i = R; i < U * R; i++) sum[i] = _mm_setzero_si128();
-        int64_t b = t->begin[g];
-        for (; b + U <= t->end[g]; b += U)
-#pragma GCC unroll 4
-            for (int u = 0; u < U; u++) add_narrow_block(t, b + u, R, sum + u * R);
-        for (; b < t->end[g]; b++) add_narrow_block(t, b, R, sum);
-#pragma GCC unroll 4
-        for (int i = R; i < U * R; i++) sum[i % R] = _mm_add_epi32(sum[i % R], sum[i]);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) _mm_store_si128(sums + r, sum[r]);
-    }
-}
-
 FC_INLINE void add_blocks(const fc_blocks_tile *t, int R) {
     switch (t->width / 16) {
-    case 0: add_narrow_tile(t, R); break;
+    case 0: add_narrow(t, R); break;
     case 1: add_tile(t, 4 / R, R, 1); break;
     case 2: add_tile(t, R == 1 ? 2 : 1, R, 2); break;
     case 3: add_tile(t, 1, R, 3); break;

@@ -14,9 +14,10 @@
 #include "../weight.h"
 
 enum {
-    FC_LANES = 64,       /* columns of a tile: four 512-bit accumulators per weight row */
-    FC_PANEL_ROWS = 128, /* panel rows of a K block: 32 KiB of activations */
-    FC_TILE_ROWS = 256,  /* weight rows whose accumulators (64 KiB) live on the stack at once */
+    FC_LANES = 64,           /* columns of a tile: four 512-bit accumulators per weight row */
+    FC_PANEL_ROWS = 192,     /* panel rows of a K block: 48 KiB, of which enough hits L1 */
+    FC_L2_PANEL_ROWS = 1024, /* the same where a panel in L2 does: 256 KiB */
+    FC_TILE_ROWS = 512,      /* weight rows whose accumulators (128 KiB) live on the stack at once */
 };
 
 /* ---- magnitudes: the bits of a float32 with the sign cleared, which order as the numbers do ---- */
@@ -45,8 +46,8 @@ typedef void fc_sum_block_squares_f32_fn(const float *weight, int64_t columns, i
 /* One tile of a product: `groups` row groups against one K block of `width` columns. */
 typedef struct fc_blocks_tile {
     const void *panel;          /* [panel rows][stride] dwords: floats, or four codes of consecutive K; any alignment */
-    int64_t stride;             /* at least width */
-    int64_t width;              /* 4, 16, 32, 48 or 64 */
+    int64_t stride;             /* at least width; 1 if width is */
+    int64_t width;              /* 4, 16, 32, 48 or 64; for codes also 1 */
     const void *values;         /* blocks of [block_rows][block_cols] */
     const int32_t *index;       /* by block; its first panel row is (index - base) * block_cols, or index - base for codes */
     const int32_t *begin, *end; /* [groups]: the blocks of a group that fall into the panel */
