@@ -189,7 +189,7 @@ def test_prices_are_measured_once_and_kept(tmp_path, measured):
     path = tmp_path / "deep" / "costs.json"
     first = costs.Costs(path)
     way = decide(first)
-    wanted = ["dense int8", "blocks 4x4 int8", "rows to tile codes", "rows to lanes codes", "lanes to rows"]
+    wanted = ["dense int8", "blocks 4x4 int8", "rows to tile codes", "rows to lanes codes"]
     assert sorted(measured) == sorted(wanted)
     assert decide(first) == decide(costs.Costs(path)) == way
     assert len(measured) == len(wanted)

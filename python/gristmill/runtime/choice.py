@@ -66,7 +66,7 @@ def _moves(node: Node, product: Product, size: Size, layout: "Layout") -> list[t
     made = Size(size.m, size.n, 0, 0)
     moves = []
     if not _is_there(x, product.layout, layout):
-        readers = sum(isinstance(find(reader), Linear) for reader in layout.readers[x])
+        readers = sum(isinstance(find(reader), Linear) for reader, _ in layout.readers[x])
         moves.append((Move(_form(x, layout), product.layout), size, 1 / readers))
     if residual and product.out != "either" and not _is_there(residual, product.out, layout):
         moves.append((Move(_form(residual, layout), product.out), made, 1.0))
@@ -89,18 +89,7 @@ def _form(name: str, layout: "Layout") -> str:
 def wants_rows(name: str, layout: "Layout") -> bool:
     """Whether something reads a value that reads rows alone. Products and activations take either."""
     either = (Linear, Activation)
-    return name in layout.model.outputs or any(not isinstance(find(reader), either) for reader in layout.readers[name])
-
-
-def readers_of(model: "Model") -> dict[str, list[Node]]:
-    """Return the nodes that read each value."""
-    readers: dict[str, list[Node]] = {}
-    for node in model.nodes:
-        for name in {*node.inputs, *node.outputs}:
-            readers.setdefault(name, [])
-        for name in set(node.inputs):
-            readers[name].append(node)
-    return readers
+    return name in layout.model.outputs or any(not isinstance(find(reader), either) for reader, _ in layout.readers.get(name, ()))
 
 
 def stored_bytes(model: "Model") -> int:

@@ -20,8 +20,9 @@ from gristmill.model import Model
 from gristmill.ops import Node, find
 from gristmill.ops.op import as_rows, refusal
 from gristmill.ops.products import Product
+from gristmill.ops.products.product import static_scale
 from gristmill.runtime.arena import FOREVER, Buffer, Memory, place
-from gristmill.runtime.choice import Choice, Way, readers_of, stored_bytes, ways_of
+from gristmill.runtime.choice import Choice, Way, stored_bytes, ways_of
 from gristmill.runtime.shapes import Shapes
 from gristmill.tensor import BFloat16, Quantized, Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
@@ -136,7 +137,7 @@ class Layout:
         self.choices: dict[str, Choice] = {}  # by node
         self.decide, self.like = options.decide, like
         self.scales: dict[str, Buffer] = {}
-        self.panels: dict[tuple[str, str, tuple[float, int] | None, bool], tuple[Buffer, Buffer, Buffer | None]] = {}
+        self.panels: dict[tuple[str, str, tuple[float, int] | None], tuple[Buffer, Buffer, Buffer]] = {}
         self.inputs = {name: self._fresh(name, "rows") for name in model.inputs}
         self.forms: dict[str, dict[str, Buffer]] = {name: {"rows": buffer} for name, buffer in self.inputs.items()}
         for node in model.nodes:
@@ -176,30 +177,46 @@ class Layout:
         layout = next(iter(self.forms.get(name, {})), "rows")
         return (self.lanes(name) if layout == "lanes" else self.rows(name)), layout
 
-    def codes(
-        self, name: str, layout: str, static: tuple[float, int] | None = None, symmetric: bool = False
-    ) -> tuple[Buffer, Buffer, Buffer | None, int]:
-        """A value quantised into a panel, per row or with a static scale and zero point: codes, scales, zero points (none in
-        layout "lanes", which is symmetric) and the number of rows. With `symmetric`, "tile" has the codes of "lanes".
+    def codes(self, name: str, layout: str, static: tuple[float, int] | None = None) -> tuple[Buffer, Buffer, Buffer, int]:
+        """A value quantised into a panel, per row or with a static scale and zero point: codes, scales, zero points and the
+        number of rows.
 
         Made once and shared.
         """
         m, k = as_rows(self.shape(name))
-        key = (name, layout, static, symmetric)
-        if key not in self.panels:
+        if (name, layout, static) not in self.panels:
             x, form = self.stored(name)
             x = x if form == "lanes" else x.reshape(m, k)
-            codes, scales = self.scratch(_core.codes_nbytes(m, k, layout)), Buffer((m,), np.float32)
-            zeros = Buffer((m,), np.int32) if layout == "tile" else None
-            how = (*(static or (None, 128)), symmetric)
-            self._move(_core.quantize_activations, x, form == "lanes", layout, codes, scales, zeros, *how)
-            self.panels[key] = (codes, scales, zeros)
-        return (*self.panels[key], m)
+            panel = self.panel(name, layout, static)
+            self._move(_core.quantize_activations, x, form == "lanes", layout, *panel, *(static or ()))
+        return (*self.panels[name, layout, static], m)
+
+    def panel(self, name: str, layout: str, static: tuple[float, int] | None) -> tuple[Buffer, Buffer, Buffer]:
+        """New buffers for the codes, scales and zero points of a value, for the present node to fill."""
+        m, k = as_rows(self.shape(name))
+        codes = self.scratch(_core.codes_nbytes(m, k, layout))
+        self.panels[name, layout, static] = codes, Buffer((m,), np.float32), Buffer((m,), np.int32)
+        return self.panels[name, layout, static]
 
     def output(self, name: str, layout: str = "rows") -> Buffer:
         """A new buffer for a value that the present node makes."""
         self.forms[name] = {layout: self._fresh(name, layout)}
         return self.forms[name][layout]
+
+    def wanted(self, name: str) -> str:
+        """The layout to make a value in where a kernel can write either: lanes if that saves a reader a conversion."""
+        forms = (find(node).reads(node, index, self) for node, index in self.readers.get(name, ()))
+        return "lanes" if name not in self.bound and any(form.startswith("lanes") for form in forms) else "rows"
+
+    def codes_alone(self, name: str) -> tuple[str, tuple[float, int] | None] | None:
+        """Layout and static scale of the codes that all readers of a value take; None if anything else is read of it."""
+        readers = [] if name in self.model.outputs else self.readers.get(name, [])
+        forms = {(find(node).reads(node, index, self), static_scale(node)) for node, index in readers}
+        if len(forms) != 1:
+            return None
+        ((form, static),) = forms
+        layout, *codes = form.split()
+        return (layout, static) if codes else None
 
     def alias(self, name: str, buffer: Buffer) -> bool:
         """Let a value that the present node makes be another buffer under its own shape: no step, no copy.
@@ -264,9 +281,9 @@ class Layout:
         self.steps.append(Step(self.node, kernel, args))
 
     @cached_property
-    def readers(self) -> dict[str, list[Node]]:
-        """The nodes that read each value."""
-        return readers_of(self.model)
+    def readers(self) -> dict[str, list[tuple[Node, int]]]:
+        """By value: the nodes that read it, and as which input."""
+        return _readers(self.model)
 
     @cached_property
     def resident(self) -> int:
@@ -345,6 +362,15 @@ class Layout:
         used = [b for step in self.steps for b in step.buffers()] + [*self.inputs.values(), *self.outputs.values()]
         self.packs = {arg for step in self.steps for arg in step.args if isinstance(arg, Packed)}
         return place(list({id(b.root): b.root for b in used if not b.external}.values()))
+
+
+def _readers(model: Model) -> dict[str, list[tuple[Node, int]]]:
+    """By value: the nodes that read it, and as which input."""
+    readers: dict[str, list[tuple[Node, int]]] = {}
+    for node in model.nodes:
+        for index, name in enumerate(node.inputs):
+            readers.setdefault(name, []).append((node, index))
+    return readers
 
 
 def _groups(steps: list[Step], inputs: Iterable[Buffer]) -> list[int]:

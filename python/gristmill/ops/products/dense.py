@@ -69,8 +69,7 @@ class DenseInt8(Product):
 
     def bind(self, node: Node, binder: Binder) -> None:
         weight = node.inputs[1]
-        symmetric = binder.tensor(weight).kind == "sparse"  # as the products with its blocks quantise
-        codes, scales, zeros, m = binder.codes(node.inputs[0], "tile", static_scale(node), symmetric)
+        codes, scales, zeros, m = binder.codes(node.inputs[0], "tile", static_scale(node))
         residual, out = results(node, binder, "rows")
         packed, scale = binder.packed(weight, _core.pack_int8), binder.scale(weight)
         binder.step(_core.linear_int8, codes, scales, zeros, m, packed, scale, out, *epilogue(node, binder, residual))
