@@ -38,12 +38,18 @@ class Weight:
     ) -> None:
         """`values` are float32, int8 with a `scale`, or, dense, uint16 for bf16."""
 
+class Int4Weight:
+    """An [n, k] matrix of 4-bit codes: int32 words[n, ceil(k / 8)], float16 or float32 scale[n, ceil(k / group)]."""
+
+    shape: tuple[int, int]
+    def __init__(self, words: Array, shape: tuple[int, int], scale: Array, group: int) -> None: ...
+
 def set_isa(cap: str | None = None) -> None: ...
 def isa_generation() -> int: ...
 def slots() -> dict[str, tuple[str, str, str]]: ...
 def has_threads() -> bool: ...
-def packed_nbytes(pack: Callable[..., Any], weight: Weight) -> int:
-    """Bytes that pack_dense, pack_bf16, pack_int8 pack_sparse or a ConvolutionPacker will make of a weight."""
+def packed_nbytes(pack: Callable[..., Any], weight: Weight | Int4Weight) -> int:
+    """Bytes that pack_dense, pack_bf16, pack_int4, pack_int8, pack_sparse or a ConvolutionPacker will make of a weight."""
 
 # ---- aggregate: flat float32 vectors ----
 
@@ -302,6 +308,32 @@ def distillation_grad(
 def transpose(program: Program, x: Array, out: Array) -> None:
     """Convert rows [M,N] to lanes [N,M], or back."""
 
+# ---- prune: magnitudes and masks of them (uint8, 1: keep), float32; of equal ones that of the lowest index goes first ----
+
+def kth_magnitude(x: Array | Sequence[Array], k: int, threads: int = 1) -> float:
+    """The exact k-th smallest |x| (k from 1) of flat arrays taken as one; NaN is refused, here and below."""
+
+def magnitude_mask(x: Array | Sequence[Array], drop: int, mask: Array | Sequence[Array], threads: int = 1) -> None:
+    """mask (as many and as long) = 0 for exactly the `drop` smallest |x| of flat arrays taken as one, 1 for the rest.
+
+    Two passes over memory, whatever the sizes; no copy of x is made.
+    """
+
+def magnitude_mask_rows(x: Array, drop: int, mask: Array, threads: int = 1) -> None:
+    """mask[n,k] = 0 for exactly the `drop` smallest |x| of each row of x[n,k], 1 for the rest."""
+
+def n_of_m_mask(x: Array, keep: int, of: int, mask: Array, threads: int = 1) -> None:
+    """mask[n,k] = 1 for the `keep` largest |x| of each `of` (at most 64) neighbours in a row of x[n,k], 0 for the rest."""
+
+def block_magnitudes(weight: Array, block: tuple[int, int], out: Array, threads: int = 1, norms: Array | None = None) -> None:
+    """out[n/r, k/c] = sum of squares of each block of weight[n,k], whose column j is multiplied by norms[j] before."""
+
+def channel_magnitudes(weight: Array, norms: Array, out: Array, threads: int = 1) -> None:
+    """out[n,k] = |weight[n,k] * norms[k]|."""
+
+def apply_mask(weight: Array, mask: Array, block: tuple[int, int], threads: int = 1) -> None:
+    """Set the blocks of weight[n,k] whose mask[n/r, k/c] is 0 to 0, in place."""
+
 # ---- quant: int8 ----
 
 def quantize_weight(weight: Array, codes: Array, scale: Array, threads: int = 1) -> None:
@@ -357,18 +389,6 @@ def linear_int8(
 
 # ---- sparse ----
 
-def kth_magnitude(x: Array, k: int, threads: int = 1) -> float:
-    """The exact k-th smallest |x| (k from 1) of a flat float32 array, by a histogram of the bits; NaN is refused."""
-
-def block_magnitudes(weight: Array, block: tuple[int, int], out: Array, threads: int = 1) -> None:
-    """out[n/r, k/c] = sum of squares of each block of weight[n,k], float32."""
-
-def magnitude_mask(x: Array, drop: int, mask: Array, threads: int = 1) -> None:
-    """mask (uint8, same length) = 0 for exactly the `drop` smallest |x| (ties: the lowest index goes first), 1 for the rest.
-
-    NaN is refused.
-    """
-
 def pack_blocks(weight: Array, mask: Array, block: tuple[int, int]) -> tuple[Array, Array, Array]:
     """(values [blocks,r,c], row_offsets int32, index int32) of the blocks where mask[n/r, k/c] is not 0."""
 
@@ -416,8 +436,8 @@ def sparse_linear_int8(
 ) -> None:
     """The same from a "lanes" panel of quantised activations; blocks [r, 4]; weight_scale is read at every run.
 
-    codes: uint8, flat, of tiles [K / 4][64][4], the last one [K / 4][its rows rounded up to 16][4], padded with 128; K < 131072. A code stands for (code - zeros[M]) *
-    scales[M]; without `zeros` (int32) all are 128, with them K <= 66311.
+    codes: uint8, flat, of tiles [K / 4][64][4], the last one [K / 4][its rows rounded up to 16][4], padded with 128; K < 131072.
+    A code stands for (code - zeros[M]) * scales[M]; without `zeros` (int32) all are 128, with them K <= 66311.
     """
 
 def sparse_linear_to_codes(
@@ -442,15 +462,50 @@ def sparse_linear_to_codes(
     scratch: uint8, 256 N bytes for each thread; with less, fewer work.
     """
 
+# ---- int4: 4-bit codes in groups ----
+
+class PackedInt4:
+    """A constant int4 weight in the order that the product reads it."""
+
+    shape: tuple[int, int]
+    group: int
+    nbytes: int
+
+def pack_int4(weight: Int4Weight, threads: int = 1) -> PackedInt4: ...
+def quantize_groups(program: Program, x: Array, group: int, codes: Array, scales: Array, offsets: Array) -> None:
+    """Quantise float32 x[M,K] to int8, symmetric, with a scale for each group of a row, for linear_int4.
+
+    All flat: int8 codes [M * 8 ceil(K / 8)], float32 scales and int32 offsets [M * ceil(K / group)]. A group with a value that is
+    not finite has scale NaN.
+    """
+
+def linear_int4(
+    program: Program,
+    codes: Array,
+    scales: Array,
+    offsets: Array,
+    m: int,
+    weight: PackedInt4,
+    gain: Array | None,
+    out: Array,
+    bias: Array | None,
+    activation: str | None,
+    residual: Array | None,
+) -> None:
+    """out[M,N] = activation((x @ weight.T) * gain[N] + bias[N]) + residual, x as quantize_groups made it."""
+
 # ---- text: rows of tables by index, one vector for each sequence; float32 ----
 
-def gather(program: Program, data: Array, indices: Array, out: Array) -> None:
-    """out[O,C,N] = data[O,P,N] by C indices (int64 or int32, any shape); a row of NaN stands for one outside of [-P, P)."""
+def gather(program: Program, data: Array | Int4Weight, indices: Array, out: Array) -> None:
+    """out[O,C,N] = data[O,P,N] by C indices (int64 or int32, any shape); a row of NaN stands for one outside of [-P, P).
+
+    An Int4Weight [P,N] is data of O = 1.
+    """
 
 def gather_grad(program: Program, dy: Array, indices: Array, grad: Array) -> None:
     """grad[O,P,N] = sums of the rows of dy[O,C,N] where their indices lead; nothing is added for one outside."""
 
-def lookups(program: Program, out: Array, *pairs: Array) -> None:
+def lookups(program: Program, out: Array, *pairs: Array | Int4Weight) -> None:
     """out[C,N] = the sum of rows of 1 to 4 tables[P,N] by C indices each: table, indices, table, indices, ..."""
 
 def masked_pool(program: Program, mode: str, x: Array, mask: Array, out: Array) -> None:

@@ -305,20 +305,22 @@ def has_threads():
 include "aggregate/aggregate.pxi"
 include "attention/attention.pxi"
 include "dense/dense.pxi"
+include "int4/int4.pxi"
 include "nn/nn.pxi"
+include "prune/prune.pxi"
 include "quant/quant.pxi"
 include "sparse/sparse.pxi"
 include "text/text.pxi"
 include "vision/vision.pxi"
 
 
-def packed_nbytes(object pack, Weight weight not None):
+def packed_nbytes(object pack, weight not None):
     """Return the bytes that a packing function or a packer will allocate for a weight, before any is."""
     if isinstance(pack, ConvolutionPacker):
         return pack.packed_nbytes(weight)
     sizes = {
-        pack_dense: dense_packed_nbytes, pack_bf16: bf16_packed_nbytes, pack_int8: int8_packed_nbytes,
-        pack_sparse: blocks_packed_nbytes,
+        pack_dense: dense_packed_nbytes, pack_bf16: bf16_packed_nbytes, pack_int4: int4_packed_nbytes,
+        pack_int8: int8_packed_nbytes, pack_sparse: blocks_packed_nbytes,
     }
     return sizes[pack](weight)
 

@@ -104,6 +104,8 @@ def _steps(product: Product, tensors: Sequence[Tensor], m: int) -> list[_core.Pr
 
 
 def _move_samples(move: Move) -> Iterator[tuple[Size, float]]:
+    if move.target not in ("rows", "lanes", "tile codes", "lanes codes"):
+        return
     for m, k in ((1, 384), (1, 3072), (16, 768), (64, 384), (128, 768), (128, 1536)):
         yield Size(m, k, 0, 0), fastest([_move(move, m, k)])
 

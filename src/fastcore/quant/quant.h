@@ -137,6 +137,9 @@ void fc_quantize_tile(const fc_quantize_activations_args *a, const float *x, int
 void fc_quantize_depths(const fc_quantize_activations_args *a, const float *x, int64_t stride, int64_t first, int64_t last,
                         int64_t depth, int64_t end);
 
+/* Memory for a packed weight, 64-byte aligned, to be freed with free(); nbytes is a multiple of 64. NULL if there is none. */
+FC_HIDDEN void *fc_allocate_panels(int64_t nbytes);
+
 /* A weight in the order the tiles read it, the same on every instruction set. */
 typedef struct fc_packed_int8 {
     int64_t n, k, nbytes;

@@ -1,12 +1,14 @@
 """The registry of kernel cases: one file per family, one line here."""
 
-from kernels.cases import aggregate, attention, dense, nn, quant, sparse, text, vision
+from kernels.cases import aggregate, attention, dense, int4, nn, prune, quant, sparse, text, vision
 
 CASES = [
     *aggregate.CASES,
     *attention.CASES,
     *dense.CASES,
+    *int4.CASES,
     *nn.CASES,
+    *prune.CASES,
     *quant.CASES,
     *sparse.CASES,
     *text.CASES,
