@@ -169,7 +169,7 @@ def test_the_report_is_complete_and_json(model, data):
         assert layer["latency_ms_after"]["1"] > 0
     assert [step["pass"] for step in figures["recipe"]] == ["Clip", "Prune", "Quantize"]
     assert small.meta["recipe"] == figures["recipe"]
-    assert "linear_int8" in str(report)
+    assert "blocks 1x4 int8" in str(report)
 
 
 def test_inputs_alone_are_enough_for_the_output_error(model, data):

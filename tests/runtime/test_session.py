@@ -395,7 +395,7 @@ def test_steps_that_do_not_meet_share_a_group():
     session = gm.Session(model, threads=3, precision="int8")
     layout = session.layout(model.inputs)
     groups = {}
-    for group, step in zip(layout.stretches, layout.steps, strict=True):
+    for group, step in zip(layout.groups, layout.steps, strict=True):
         groups.setdefault(step.node.name, set()).add(group)
     assert groups["yb"] == groups["yc"] < groups["ya"]
     assert not groups["z"] & (groups["ya"] | groups["t"] | groups["s"])

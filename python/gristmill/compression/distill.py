@@ -75,7 +75,7 @@ class Distill(Pass):
     batch_size: int = 32
     workers: int = 1
     loss: str = "logits"
-    hidden: tuple[str, ...] | Mapping[str, str] = ()
+    hidden: tuple[str, ...] | dict[str, str] = ()
     hidden_weight: float = 1.0
     prune: Prune | None = None
     precision: str | None = None

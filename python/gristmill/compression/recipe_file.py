@@ -193,6 +193,8 @@ def _plain(value: Any, where: str, other: Callable[[Any, str], Any]) -> Any:
         return {str(name): _plain(item, where, other) for name, item in value}
     if isinstance(value, (tuple, list)) and not any(isinstance(item, (np.ndarray, Mapping)) for item in value):
         return [_plain(item, where, other) for item in value]
+    if isinstance(value, Mapping) and all(isinstance(item, (str, int, float)) for pair in value.items() for item in pair):
+        return dict(value)
     if is_dataclass(value) and not isinstance(value, (type, Model)):
         settings = {field.name: _plain(getattr(value, field.name), f"{where}: {field.name}", other) for field in fields(value)}
         return {_kind_key(type(value)): type(value).__name__, **settings}
@@ -265,6 +267,8 @@ def _converted(value: Any, hint: Any, where: str, folder: Path) -> Any:
     Raises:
         ModelError: it is of another type.
     """
+    if value is None and NoneType in _choices(hint):
+        return None
     for choice in _choices(hint):
         try:
             return _as(value, choice, where, folder)
@@ -274,6 +278,7 @@ def _converted(value: Any, hint: Any, where: str, folder: Path) -> Any:
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
+    """The types that a hint allows."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
@@ -287,7 +292,11 @@ def _as(value: Any, hint: Any, where: str, folder: Path) -> Any:
     if isinstance(origin, type) and issubclass(origin, Model) and isinstance(value, str):
         return load(folder / value)
     if isinstance(origin, type) and is_dataclass(origin) and not issubclass(origin, Model):
-        return _built(origin, value, where, folder)
+        root = next(kind for kind in reversed(origin.__mro__) if is_dataclass(kind))
+        made = _built(root, value, where, folder)
+        if not isinstance(made, origin):
+            raise TypeError
+        return made
     if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return value
     if origin in (int, str, bool, NoneType, dict) and isinstance(value, origin):

@@ -201,7 +201,7 @@ class Layout:
         self.panels[name, layout, static] = codes, Buffer((m,), np.float32), Buffer((m,), np.int32)
         return self.panels[name, layout, static]
 
-    def groups(self, name: str, group: int) -> tuple[Buffer, Buffer, Buffer, int]:
+    def grouped_codes(self, name: str, group: int) -> tuple[Buffer, Buffer, Buffer, int]:
         """A value quantised to int8 with a scale for each group of a row: codes, scales, offsets and the number of rows.
 
         Made once and shared.
@@ -373,8 +373,8 @@ class Layout:
         for buffer in self.inputs.values():
             buffer.touch(-1)
         alone = self.threads == 1 or self.in_place  # overlapping saves barriers and costs memory
-        self.stretches = list(range(len(self.steps))) if alone else _groups(self.steps, self.inputs.values())
-        for group, step in zip(self.stretches, self.steps, strict=True):
+        self.groups = list(range(len(self.steps))) if alone else _groups(self.steps, self.inputs.values())
+        for group, step in zip(self.groups, self.steps, strict=True):
             for buffer in step.buffers():
                 buffer.touch(group)
         for buffer in self.outputs.values():
@@ -424,7 +424,7 @@ class Plan:
         self.steps = layout.steps
         self.segments: list[_core.Program | Callable[[], None]] = []
         before = None
-        for group, step in zip(layout.stretches, layout.steps, strict=True):
+        for group, step in zip(layout.groups, layout.steps, strict=True):
             if group == before and not apart:
                 self.segments[-1].overlap()  # type: ignore[union-attr]
             self._bind(step, arena, weights, layout.threads)
