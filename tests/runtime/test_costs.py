@@ -311,7 +311,7 @@ def test_break_even_is_where_both_take_as_long(monkeypatch):
 
 
 def test_break_even_agrees_with_the_plan():
-    for m in (4, 16, 128):
+    for m in (1, 4):
         even = costs.break_even(768, 768, m, "4x4", "int8", threads=1)
         for step in (-0.05, 0.05):
             share = 1 - (even + step)
