@@ -56,7 +56,7 @@ def test_the_report_and_the_plots_are_written(folder):
     arguments = ["--prune", 0.8, "--data", folder / "d.npz", "--report", folder / "r.json", "--plots", folder / "plots"]
     result = compress(folder, *arguments)
     assert result.exit_code == 0, result.output
-    assert "sparse_linear" in result.stdout
+    assert "blocks" in result.stdout
     report = json.loads((folder / "r.json").read_text())
     assert report["provenance"]["input"].startswith("sha256:")
     assert names(folder / "plots") == ["layers.png", "quality.png"]

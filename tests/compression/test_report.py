@@ -137,7 +137,7 @@ def test_the_report_has_what_a_reader_needs(model, tmp_path):
     report.save(tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text()) == figures
     printed = str(report)
-    assert all(text in printed for text in ("spearman", "layer2.weight", "sparse_linear_int8", "pays from"))
+    assert all(text in printed for text in ("spearman", "layer2.weight", "blocks 1x4 int8", "pays from"))
     assert [len(set(map(len, rows))) for rows in tables(figures)] == [1, 1]
 
 

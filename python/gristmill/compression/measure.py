@@ -15,6 +15,7 @@ from gristmill.errors import GristmillError
 from gristmill.formats.streaming import file_bytes
 from gristmill.metrics import Metric
 from gristmill.model import Model
+from gristmill.runtime.explanation import Explanation
 from gristmill.runtime.session import Session
 from gristmill.runtime.timing import LENGTH, latency, random_inputs
 from gristmill.tensor import Int4, Sparse, Tensor
@@ -74,10 +75,23 @@ def measure_model(name: str, model: Model, yardstick: Yardstick, seconds: float,
         weight_bytes=model.nbytes,
         latency_ms={case: 1e3 * each for case, (_, each) in times.items()},
         per_second={case: examples / each for case, (examples, each) in times.items()},
-        kernels={row["node"]: row["kernel"] for row in session.explain() if row["weight"]},
+        kernels={row["node"]: row["product"] or row["kernel"] for row in explained(session) if row["weight"]},
         seconds=seconds,
         peak_bytes=memory("VmHWM"),
     )
+
+
+def explained(session: Session) -> Explanation:
+    """Say what serves the largest of the cases that are timed, or the smallest where the model does not take that."""
+    batch, length = SEQUENCES[-1] if of_sequences(session.model) else (BATCHES[-1], LENGTH)
+    try:
+        return session.explain(**{n: a.shape for n, a in random_inputs(session.model, batch, length=length).items()})
+    except (GristmillError, IndexError, ValueError):
+        return session.explain()
+
+
+def of_sequences(model: Model) -> bool:
+    return any(isinstance(dim, str) for kind in model.inputs.values() for dim in kind.shape[1:])
 
 
 def value_of(figure: Figure | None) -> float | None:
@@ -90,8 +104,7 @@ def interval_of(figure: Figure | None) -> tuple[float, float] | None:
 
 def timed(session: Session) -> Iterator[tuple[str, tuple[int, float]]]:
     """Yield cases by name, "examples" or "examples x length", with the number of examples and the seconds that a run takes."""
-    sequences = any(isinstance(dim, str) for kind in session.model.inputs.values() for dim in kind.shape[1:])
-    if not sequences:
+    if not of_sequences(session.model):
         for batch in BATCHES:
             yield str(batch), (batch, latency(session, random_inputs(session.model, batch)))
         return

@@ -8,6 +8,8 @@
 
 #ifdef FC_X86
 FC_TARGET_AVX512
+#include "../nn/gelu512.h"
+#include "../nn/transpose512.h"
 #include "narrow_f32.h"
 
 /* Add block b of R x C to the sums of its rows, V registers each. */
@@ -71,8 +73,143 @@ static void multiply_blocks_f32_avx512(const fc_blocks_tile *tile) {
         add_blocks(tile, 4, 4);
 }
 
-static void finish_lanes_f32_avx512(const fc_lanes_epilogue *epilogue) { finish_lanes(epilogue, 0); }
-static void finish_lanes_s32_avx512(const fc_lanes_epilogue *epilogue) { finish_lanes(epilogue, 1); }
+/* ---- epilogues: eight vectors at a time, which stay in registers unless the activation is a rare one ---- */
+
+typedef struct finish_columns {
+    __m512 scales[4];
+    __mmask16 live[4];
+} finish_columns;
+
+FC_INLINE finish_columns open_columns(const fc_lanes_epilogue *e, int integer) {
+    finish_columns c;
+    for (int v = 0; v < 4; v++) {
+        const int64_t left = e->count - v * 16;
+        c.live[v] = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+        c.scales[v] = integer ? _mm512_maskz_loadu_ps(c.live[v], e->scales + v * 16) : _mm512_setzero_ps();
+    }
+    return c;
+}
+
+/* Register v of a row, its bias added. */
+FC_INLINE __m512 dequantize(const fc_lanes_epilogue *e, const finish_columns *c, int64_t row, int v, int integer) {
+    const int32_t *sum = (const int32_t *)e->sum + row * e->width + v * 16;
+    const __m512i bits = _mm512_maskz_loadu_epi32(c->live[v], sum);
+    const __m512 bias = e->bias ? _mm512_set1_ps(e->bias[row]) : _mm512_setzero_ps();
+    if (!integer) return _mm512_add_ps(_mm512_castsi512_ps(bits), bias);
+    const __m512 scale = _mm512_mul_ps(c->scales[v], _mm512_set1_ps(e->weight_scale[row]));
+    return _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(bits), scale), bias);
+}
+
+FC_INLINE void activate_each(fc_activation kind, float *x) {
+    for (int i = 0; i < 128; i++) x[i] = fc_activate(kind, x[i]);
+}
+
+static __attribute__((noinline)) void activate_rarely(fc_activation kind, float *x) {
+    switch (kind) {
+    case FC_GELU_TANH: activate_each(FC_GELU_TANH, x); break;
+    case FC_TANH: activate_each(FC_TANH, x); break;
+    case FC_SIGMOID: activate_each(FC_SIGMOID, x); break;
+    case FC_SILU: activate_each(FC_SILU, x); break;
+    default: break;
+    }
+}
+
+/* max(0, x) gives x where x is NaN. */
+FC_INLINE void activate_vectors(fc_activation kind, __m512 *x, int count) {
+    _Alignas(64) float array[128] = {0};
+    if (kind == FC_IDENTITY) return;
+    if (kind == FC_GELU) {
+        gelu_vectors(x, count);
+        return;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++)
+        if (kind == FC_RELU)
+            x[i] = _mm512_max_ps(_mm512_setzero_ps(), x[i]);
+        else
+            _mm512_store_ps(array + i * 16, x[i]);
+    if (kind == FC_RELU) return;
+    activate_rarely(kind, array);
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++) x[i] = _mm512_load_ps(array + i * 16);
+}
+
+/* R rows of V registers, in the order of the sums. */
+FC_INLINE void finish_group(const fc_lanes_epilogue *e, const finish_columns *c, int64_t row, int R, int V, fc_activation kind,
+                            int integer) {
+    __m512 x[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < R * V; i++) x[i] = dequantize(e, c, row + i / V, i % V, integer);
+    activate_vectors(kind, x, R * V);
+#pragma GCC unroll 8
+    for (int i = 0; i < R * V; i++) {
+        const int64_t at = (row + i / V) * e->stride + i % V * 16;
+        if (e->residual) x[i] = _mm512_add_ps(x[i], _mm512_maskz_loadu_ps(c->live[i % V], e->residual + at));
+        _mm512_mask_storeu_ps(e->out + at, c->live[i % V], x[i]);
+    }
+}
+
+FC_INLINE void finish_groups(const fc_lanes_epilogue *e, const finish_columns *c, int R, int V, fc_activation kind, int integer) {
+    int64_t row = 0;
+    for (; row + R <= e->rows; row += R) finish_group(e, c, row, R, V, kind, integer);
+    for (; row < e->rows; row++) finish_group(e, c, row, 1, V, kind, integer);
+}
+
+/* Up to sixteen rows of register v become parts of up to sixteen rows of the transposed matrix. */
+FC_INLINE void finish_square(const fc_lanes_epilogue *e, const finish_columns *c, int64_t row, int64_t rows, int v,
+                             fc_activation kind, int integer) {
+    __m512 x[16];
+    const __mmask16 live = (__mmask16)((1u << rows) - 1);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) x[i] = i < rows ? dequantize(e, c, row + i, v, integer) : _mm512_setzero_ps();
+    activate_vectors(kind, x, 8);
+    activate_vectors(kind, x + 8, 8);
+    transpose_vectors(x);
+    const int64_t columns = e->count - v * 16;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+        if (i >= columns) break;
+        const int64_t at = (v * 16 + i) * e->stride + row;
+        if (e->residual) x[i] = _mm512_add_ps(x[i], _mm512_maskz_loadu_ps(live, e->residual + at));
+        _mm512_mask_storeu_ps(e->out + at, live, x[i]);
+    }
+}
+
+FC_INLINE void finish_squares(const fc_lanes_epilogue *e, const finish_columns *c, fc_activation kind, int integer) {
+    for (int v = 0; v * 16 < e->count; v++) {
+        int64_t row = 0;
+        for (; row + 16 <= e->rows; row += 16) finish_square(e, c, row, 16, v, kind, integer);
+        if (row < e->rows) finish_square(e, c, row, e->rows - row, v, kind, integer);
+    }
+}
+
+FC_INLINE void finish_kind(const fc_lanes_epilogue *e, fc_activation kind, int integer) {
+    const finish_columns c = open_columns(e, integer);
+    if (e->transposed) {
+        finish_squares(e, &c, kind, integer);
+        return;
+    }
+    switch ((e->count + 15) / 16) {
+    case 0: break;
+    case 1: finish_groups(e, &c, 8, 1, kind, integer); break;
+    case 2: finish_groups(e, &c, 4, 2, kind, integer); break;
+    case 3: finish_groups(e, &c, 2, 3, kind, integer); break;
+    default: finish_groups(e, &c, 2, 4, kind, integer); break;
+    }
+}
+
+/* The kinds of every day have code of their own. */
+FC_INLINE void finish(const fc_lanes_epilogue *e, int integer) {
+    switch (e->activation) {
+    case FC_IDENTITY: finish_kind(e, FC_IDENTITY, integer); break;
+    case FC_GELU: finish_kind(e, FC_GELU, integer); break;
+    case FC_RELU: finish_kind(e, FC_RELU, integer); break;
+    default: finish_kind(e, e->activation, integer); break;
+    }
+}
+
+static void finish_lanes_f32_avx512(const fc_lanes_epilogue *epilogue) { finish(epilogue, 0); }
+static void finish_lanes_s32_avx512(const fc_lanes_epilogue *epilogue) { finish(epilogue, 1); }
 
 FC_TARGET_END
 

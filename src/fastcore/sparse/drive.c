@@ -204,23 +204,29 @@ static void multiply(const fc_sparse_linear *a, fc_blocks_tile *tile, dword *pan
 }
 
 static void finish(const fc_sparse_linear *a, const fc_blocks_tile *tile, int64_t row, int64_t m, int64_t count) {
+    const int in_place = a->codes.codes && a->codes.scale != 0.0f;
+    const int64_t stride = in_place ? tile->width : a->codes.codes ? FC_LANES : a->to_rows ? a->weight.n : a->m;
+    const int64_t at = a->codes.codes ? row * stride : a->to_rows ? m * stride + row : row * stride + m;
+    const int64_t rows = tile->groups * tile->block_rows;
     const fc_lanes_epilogue epilogue = {
         .sum = tile->sum,
         .width = tile->width,
         .count = count,
-        .rows = tile->groups * tile->block_rows,
-        .stride = a->m,
+        .rows = rows,
+        .stride = stride,
+        .transposed = a->to_rows,
         .scales = a->scales ? a->scales + m : NULL,
         .weight_scale = a->weight_scale ? a->weight_scale + row : NULL,
         .bias = a->bias ? a->bias + row : NULL,
-        .residual = a->residual ? a->residual + row * a->m + m : NULL,
-        .out = a->out + row * a->m + m,
+        .residual = a->residual ? a->residual + at : NULL,
+        .out = in_place ? tile->sum : a->out + at,
         .activation = a->activation,
     };
     if (a->weight.kind == FC_BLOCKS_S8)
         fc_kernels.finish_lanes_s32(&epilogue);
     else
         fc_kernels.finish_lanes_f32(&epilogue);
+    if (in_place) fc_quantize_depths(&a->codes, tile->sum, stride, m, m + count, row, row + rows);
 }
 
 /* Row groups whose sums are on the stack at once: few leave them in L1 for the epilogue; as many as fit where a panel is made or
@@ -268,8 +274,29 @@ static void run_tile(const fc_sparse_linear *a, int64_t first, int64_t last, int
     }
 }
 
+/* Each tile is made in float32 where it stays in L2, then quantised; with a static scale that needs no whole tile, but whole
+ * dwords of codes. */
+static void run_to_codes(const fc_sparse_linear *a, int rank, int size) {
+    const fc_weight *w = &a->weight;
+    const int team = (int)smaller(a->tiles, size);
+    fc_sparse_linear part = *a;
+    int64_t begin, end;
+    if (rank >= team) return;
+    fc_partition(a->m, FC_LANES, rank, team, &begin, &end);
+    part.out = a->out + rank * w->n * FC_LANES;
+    for (int64_t m = begin; m < end; m += FC_LANES) {
+        const int64_t count = smaller(FC_LANES, end - m);
+        run_tile(&part, 0, w->n / w->block_rows, m, count);
+        if (a->codes.scale == 0.0f) fc_quantize_tile(&a->codes, part.out, FC_LANES, m, m + count);
+    }
+}
+
 void fc_sparse_linear_run(const void *args, int rank, int size) {
     const fc_sparse_linear *a = args;
+    if (a->codes.codes) {
+        run_to_codes(a, rank, size);
+        return;
+    }
     const share s = divide(a, rank, size);
     const int64_t resident = resident_groups(a);
     for (int64_t g = s.first_group; g < s.last_group; g += resident)

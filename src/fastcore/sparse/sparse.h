@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "../nn/activation.h"
+#include "../quant/quant.h"
 #include "../status.h"
 #include "../weight.h"
 
@@ -43,13 +44,15 @@ typedef void fc_multiply_blocks_f32_fn(const fc_blocks_tile *tile);
  * sums[row], so that they end as values x (codes - zeros). Exact modulo 2^32. */
 typedef void fc_multiply_blocks_u8_s8_fn(const fc_blocks_tile *tile);
 
-/* What becomes of finished accumulators. `count` columns of each of `rows` rows are written; rows of out and residual are
- * `stride` apart. out may be residual. bias and residual may be NULL. */
+/* What becomes of finished accumulators, `count` columns of each of `rows` rows. out and residual hold them row by row, [rows]
+ * [stride], or transposed, [count][stride]. out may be residual or, in the order of the sums, the sums. bias and residual may be
+ * NULL. */
 typedef struct fc_lanes_epilogue {
     const void *sum; /* [rows][width] float or int32 */
     int64_t width, count, rows, stride;
+    int transposed;
     const float *scales, *weight_scale; /* int32 only: [count] by column, [rows] by row */
-    const float *bias, *residual;       /* [rows], [rows][stride] */
+    const float *bias, *residual;       /* [rows], as out */
     float *out;
     fc_activation activation;
 } fc_lanes_epilogue;
@@ -94,9 +97,15 @@ typedef struct fc_sparse_linear {
     int64_t m;
     const float *scales, *weight_scale; /* codes only: [m], [n] */
     const int32_t *zeros;               /* codes only: [m], or NULL where all are 128 */
-    const float *bias, *residual;       /* [n], [n][m]; may be NULL */
-    float *out;                         /* [n][m]; may be residual, must not overlap x */
+    const float *bias, *residual;       /* [n], as out; may be NULL */
+    float *out;                         /* [n][m], or [m][n] if to_rows; may be residual, must not overlap x */
+    int to_rows;
     fc_activation activation;
+    /* Unless codes.codes is NULL the result becomes codes, of m rows of n in a "lanes" panel, and out is a tile [n][64] for each of
+     * `tiles` ranks (more do nothing): no float32 of the result leaves the cache. No residual then, and not to_rows. With a static
+     * scale nothing is written to out. */
+    fc_quantize_activations_args codes;
+    int64_t tiles;
 } fc_sparse_linear;
 void fc_sparse_linear_run(const void *linear, int rank, int size);
 

@@ -29,13 +29,12 @@ def largest_magnitude(x):
     return np.abs(x).max(1, initial=0).astype(np.float32)
 
 
-def quantized_rows(x, layout="tile"):
+def quantized_rows(x):
     """Return (bytes [M, K], scales [M], zero points [M]); a value that has no code is the byte 0."""
     low, high = x.min(1, initial=0), x.max(1, initial=0)
     with np.errstate(invalid="ignore"):
-        half = np.float32(0.5) * high - np.float32(0.5) * low if layout == "tile" else largest_magnitude(x)
-        scale, inverse = row_scales(half, 127.5 if layout == "tile" else 127.0)
-        zeros = np.where(inverse == 0, 128, np.rint(-low * inverse)) if layout == "tile" else np.full(len(x), 128)
+        scale, inverse = row_scales(np.float32(0.5) * high - np.float32(0.5) * low, 127.5)
+        zeros = np.where(inverse == 0, 128, np.rint(-low * inverse))
         q = np.rint(x * inverse[:, None])
     codes = np.where(np.isnan(q), 0, np.clip(np.nan_to_num(q) + zeros[:, None], 0, 255))
     return codes.astype(np.uint8), scale, zeros.astype(np.int32)
@@ -108,16 +107,14 @@ def activation_case(name, lanes, layout, bench=()):
         program.run(threads)
 
     def oracle(inputs):
-        codes, scales, zeros = quantized_rows(inputs["x"].T if lanes else inputs["x"], layout)
-        answer = {"codes": panel(codes, zeros, layout), "scales": scales}
-        return answer | ({"zeros": zeros} if layout == "tile" else {})
+        codes, scales, zeros = quantized_rows(inputs["x"].T if lanes else inputs["x"])
+        return {"codes": panel(codes, zeros, layout), "scales": scales, "zeros": zeros}
 
     def outputs(inputs):
         m, k = inputs["x"].shape[::-1] if lanes else inputs["x"].shape
         k4 = -(-k // 4) * 4
         nbytes = -(-m // 16) * 16 * k4 if layout == "lanes" else m * k4
-        made = {"codes": ((nbytes,), np.uint8), "scales": ((m,), np.float32)}
-        return made | ({"zeros": ((m,), np.int32)} if layout == "tile" else {})
+        return {"codes": ((nbytes,), np.uint8), "scales": ((m,), np.float32), "zeros": ((m,), np.int32)}
 
     def inputs(rng, size):
         x = hostile_rows(rng, *size)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from gristmill import _core
 from gristmill.ops.op import Binder, Node
 from gristmill.ops.products.product import Product, epilogue, results, static_scale
@@ -27,5 +29,8 @@ class GroupsInt4(Product):
     def nbytes(self, tensor: Tensor, m: int) -> int:
         return tensor.nbytes + m * tensor.shape[1]
 
+    def example(self, n: int, k: int, share: float, seed: int) -> Tensor:
+        return Int4.from_dense(np.random.default_rng(seed).standard_normal((n, k), np.float32))
 
-PRODUCTS: tuple[Product, ...] = (GroupsInt4("dense int4", "groups of codes"),)
+
+PRODUCTS: tuple[Product, ...] = (GroupsInt4("dense int4", "groups of codes", form="dense int4"),)
