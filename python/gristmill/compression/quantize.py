@@ -110,9 +110,12 @@ class Quantize(Pass):
             products = {name for name in chosen if name in model.weights}
             importance = mean_squares(model, products, batches(model, self.calibration, context), context.threads)
         ratios = RATIOS if self.clip else RATIOS[:1]
-        tensors = {
-            name: Int4.from_dense(model.tensors[name].dense(), self.group, ratios, importance.get(name)) for name in chosen
-        }
+        tensors: dict[str, Tensor] = {}
+        for name in chosen:
+            values = model.tensors[name].dense()
+            if not np.isfinite(values).all():
+                raise ModelError(f"Quantize: '{name}' {list(values.shape)} is not finite")
+            tensors[name] = Int4.from_dense(values, self.group, ratios, importance.get(name))
         return model.replace(tensors=tensors)
 
     def describe(self) -> dict[str, Any]:
