@@ -264,7 +264,11 @@ def scale(program: Program, x: Array, factor: float, out: Array) -> None: ...
 def column_sum(program: Program, x: Array, out: Array) -> None:
     """out[N] = sum over M of x[M,N], in a fixed order."""
 
-def layer_norm(program: Program, x: Array, gamma: Array | None, beta: Array | None, epsilon: float, out: Array) -> None: ...
+def layer_norm(
+    program: Program, x: Array, gamma: Array | None, beta: Array | None, epsilon: float, out: Array, lanes: bool = False
+) -> None:
+    """With `lanes`, x and out are [N,M], the rows side by side; the bits are the same."""
+
 def layer_norm_grad(
     program: Program,
     dy: Array,
@@ -322,16 +326,14 @@ def quantize_activations(
     layout: str,
     codes: Array,
     scales: Array,
-    zeros: Array | None = None,
+    zeros: Array,
     scale: float | None = None,
     zero_point: int = 128,
-    symmetric: bool = False,
 ) -> None:
     """Quantise float32 x per row m (rows [M,K], or lanes [K,M] if `lanes`): a uint8 panel of `layout`, scales[M], int32 zeros[M].
 
-    A code stands for (code - zero) * scale. "tile" spreads 256 codes from min(0, min x) to max(0, max x); "lanes" is symmetric,
-    has 128 for all zeros and needs no `zeros`; with `symmetric` "tile" has the same codes. With a static `scale`: codes =
-    clip(round half even(x / scale) + zero_point, 0, 255), all scales and zeros are these; "tile" panels only.
+    A code stands for (code - zero) * scale. The 256 codes are spread from min(0, min x) to max(0, max x) of a row. With a static
+    `scale`, codes = clip(round half even(x / scale) + zero_point, 0, 255), all scales and zeros are these.
     """
 
 class PackedInt8:
@@ -397,10 +399,11 @@ def sparse_linear(
     bias: Array | None,
     activation: str | None,
     residual: Array | None,
+    to_rows: bool = False,
 ) -> None:
     """Lanes in, lanes out: out[N,M] = activation(weight[N,K] @ x[K,M] + bias) + residual[N,M], float32 blocks [r, c].
 
-    The values of a Weight are read at every run. out may be residual; it must not overlap x. A column's bits do not depend on M.
+    With `to_rows`, out and residual are [M,N]. The values of a Weight are read at every run. out may be residual; it must not overlap x. A column's bits do not depend on M.
     """
 
 def sparse_linear_int8(
@@ -414,10 +417,35 @@ def sparse_linear_int8(
     bias: Array | None,
     activation: str | None,
     residual: Array | None,
+    zeros: Array | None = None,
+    to_rows: bool = False,
 ) -> None:
     """The same from a "lanes" panel of quantised activations; blocks [r, 4]; weight_scale is read at every run.
 
-    codes: uint8, flat, of [K / 4][M rounded up to 16][4]: q + 128, padded with 128; K < 131072.
+    codes: uint8, flat, of tiles [K / 4][64][4], the last one [K / 4][its rows rounded up to 16][4], padded with 128; K < 131072. A code stands for (code - zeros[M]) *
+    scales[M]; without `zeros` (int32) all are 128, with them K <= 66311.
+    """
+
+def sparse_linear_to_codes(
+    program: Program,
+    codes: Array,
+    scales: Array,
+    zeros: Array,
+    m: int,
+    weight: PackedBlocks,
+    weight_scale: Array,
+    bias: Array | None,
+    activation: str | None,
+    out_codes: Array,
+    out_scales: Array,
+    out_zeros: Array,
+    scratch: Array,
+    scale: float | None = None,
+    zero_point: int = 128,
+) -> None:
+    """activation(weight[N,K] @ x + bias) as the "lanes" panel of codes that quantize_activations makes of it, scale and all.
+
+    scratch: uint8, 256 N bytes for each thread; with less, fewer work.
     """
 
 # ---- int4: 4-bit codes in groups ----

@@ -297,7 +297,7 @@ def test_scales_of_weights_are_read_at_every_run(rng):
     weight = _core.Weight(inputs["values"], (8, 16), scale, inputs["row_offsets"], inputs["index"])
     program = _core.Program()
     _core.sparse_linear_int8(
-        program, inputs["codes"], inputs["scales"], 5, _core.pack_sparse(weight), scale, out, None, None, None
+        program, sparse.flat_panel(inputs["codes"]), inputs["scales"], 5, _core.pack_sparse(weight), scale, out, None, None, None
     )
     program.run()
     before = out.copy()
@@ -362,6 +362,7 @@ def test_int8_products_check_their_arguments(rng):
     wrong = [
         ("codes: expected shape", codes[:-1].copy(), scales, 5, packed, scale, out, None, None, None),
         ("scales: expected shape", codes, scales, 4, packed, scale, out, None, None, None),
+        ("zeros: expected shape", codes, scales, 5, packed, scale, out, None, None, None, np.zeros(8, np.int32)),
         ("m: expected", codes, scales, -1, packed, scale, out, None, None, None),
         ("weight_scale: expected shape", codes, scales, 5, packed, scale[:-1].copy(), out, None, None, None),
         ("out: expected shape", codes, scales, 5, packed, scale, out.T.copy(), None, None, None),

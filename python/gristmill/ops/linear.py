@@ -91,6 +91,13 @@ class Linear(Op):
         residual = len(split) < 4 or not node.input(3) or split[3]
         return split[0] and residual and len(made[0].shape) > 1
 
+    def reads(self, node: Node, index: int, binder: Binder) -> str:
+        products = candidates(node, binder) if index in (0, 3) else ()
+        layout = binder.choose(node, products).layout if products else "rows"
+        if index == 0:
+            return layout
+        return "lanes" if layout.startswith("lanes") else "rows"
+
     def bind(self, node: Node, binder: Binder) -> bool:
         products = candidates(node, binder)
         if products:

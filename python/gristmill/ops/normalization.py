@@ -96,18 +96,26 @@ class LayerNormalization(Op):
         alone = list(split) == [True] + [False] * (len(split) - 1)
         return alone and rank > 1 and axis_of(node, node.attributes.get("axis", -1), rank) > 0
 
+    def reads(self, node: Node, index: int, binder: Binder) -> str:
+        along_rows = index == 0 and last(node.attributes.get("axis", -1), len(binder.shape(node.inputs[0])))
+        return "lanes" if along_rows else "rows"
+
     def bind(self, node: Node, binder: Binder) -> bool:
-        x = binder.rows(node.inputs[0])
-        axis = axis_of(node, node.attributes.get("axis", -1), len(x.shape))
+        shape = binder.shape(node.inputs[0])
+        axis = axis_of(node, node.attributes.get("axis", -1), len(shape))
         factors = [binder.array(name) if name else None for name in (node.input(1), node.input(2))]
-        whole = all(factor is None or factor.shape == x.shape[axis:] for factor in factors)
+        whole = all(factor is None or factor.shape == shape[axis:] for factor in factors)
         if not whole or len(node.outputs) > 1:
             return False
-        rows, columns = prod(x.shape[:axis]), prod(x.shape[axis:])
+        rows, columns = prod(shape[:axis]), prod(shape[axis:])
         gamma, beta = (None if factor is None else factor.reshape(columns) for factor in factors)
-        out = binder.output(node.outputs[0]).reshape(rows, columns)
+        lanes = self.reads(node, 0, binder) == "lanes"
+        x, layout = binder.stored(node.inputs[0]) if lanes else (binder.rows(node.inputs[0]), "rows")
+        out = binder.output(node.outputs[0], layout)
+        if layout == "rows":
+            x, out = x.reshape(rows, columns), out.reshape(rows, columns)
         epsilon = node.attributes.get("epsilon", EPSILON)
-        binder.step(_core.layer_norm, x.reshape(rows, columns), gamma, beta, epsilon, out)
+        binder.step(_core.layer_norm, x, gamma, beta, epsilon, out, layout == "lanes")
         return True
 
 

@@ -8,6 +8,7 @@ binds the steps to addresses. Steps between two Python references form one C seg
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -19,7 +20,9 @@ from gristmill.model import Model
 from gristmill.ops import Node, find
 from gristmill.ops.op import as_rows, refusal
 from gristmill.ops.products import Product
+from gristmill.ops.products.product import static_scale
 from gristmill.runtime.arena import FOREVER, Buffer, Memory, place
+from gristmill.runtime.choice import Choice, Way, stored_bytes, ways_of
 from gristmill.runtime.shapes import Shapes
 from gristmill.tensor import BFloat16, Int4, Quantized, Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
@@ -95,6 +98,7 @@ class Step:
     kernel: Callable[..., None] | None
     args: tuple[Any, ...]
     outputs: tuple[Buffer, ...] = ()
+    moves: bool = False  # converts a value for the node, rather than being the node's own
 
     def buffers(self) -> list[Buffer]:
         within = (arg.trained if isinstance(arg, InPlace) else arg for arg in (*self.args, *self.outputs))
@@ -109,10 +113,14 @@ class Options:
     low_precision: bool = False
     reference: bool = False
     in_place: bool = False
+    decide: Callable[[Sequence[Way], int], Way] | None = None  # of ways, given the bytes of all weights; None: own forms
 
 
 class Layout:
-    """The first pass: steps over unplaced buffers. Implements `ops.op.Binder`."""
+    """The first pass: steps over unplaced buffers. Implements `ops.op.Binder`.
+
+    `like` is a layout of the same model for another batch, whose choice of products is taken over.
+    """
 
     def __init__(
         self,
@@ -122,14 +130,16 @@ class Layout:
         trainable: Mapping[str, Array],
         outputs: Mapping[str, Array],
         options: "Options",
+        like: "Layout | None" = None,
     ) -> None:
         self.model, self.types, self.values, self.threads = model, shapes.types, shapes.values, threads
         self.trainable, self.bound, self.in_place = trainable, outputs, options.in_place
         self.precision, self.low_precision = options.precision, options.low_precision
         self.steps: list[Step] = []
-        self.chosen: dict[str, Product] = {}  # by node
+        self.choices: dict[str, Choice] = {}  # by node
+        self.decide, self.like = options.decide, like
         self.scales: dict[str, Buffer] = {}
-        self.panels: dict[tuple[str, str, tuple[float, int] | None, bool], tuple[Buffer, Buffer, Buffer | None]] = {}
+        self.panels: dict[tuple[str, str, tuple[float, int] | None], tuple[Buffer, Buffer, Buffer]] = {}
         self.grouped: dict[tuple[str, int], tuple[Buffer, Buffer, Buffer]] = {}
         self.inputs = {name: self._fresh(name, "rows") for name in model.inputs}
         self.forms: dict[str, dict[str, Buffer]] = {name: {"rows": buffer} for name, buffer in self.inputs.items()}
@@ -153,7 +163,7 @@ class Layout:
         if "rows" not in forms:
             lanes = forms["lanes"]
             forms["rows"] = self._fresh(name, "rows")
-            self.step(_core.transpose, lanes, forms["rows"].reshape(*lanes.shape[::-1]))
+            self._move(_core.transpose, lanes, forms["rows"].reshape(*lanes.shape[::-1]))
         return forms["rows"]
 
     def lanes(self, name: str) -> Buffer:
@@ -162,7 +172,7 @@ class Layout:
         if "lanes" not in forms:
             rows = forms["rows"] if "rows" in forms else self._constant(name)
             forms["lanes"] = self._fresh(name, "lanes")
-            self.step(_core.transpose, rows.reshape(*as_rows(rows.shape)), forms["lanes"])
+            self._move(_core.transpose, rows.reshape(*as_rows(rows.shape)), forms["lanes"])
         return forms["lanes"]
 
     def stored(self, name: str) -> tuple[Buffer, str]:
@@ -170,25 +180,26 @@ class Layout:
         layout = next(iter(self.forms.get(name, {})), "rows")
         return (self.lanes(name) if layout == "lanes" else self.rows(name)), layout
 
-    def codes(
-        self, name: str, layout: str, static: tuple[float, int] | None = None, symmetric: bool = False
-    ) -> tuple[Buffer, Buffer, Buffer | None, int]:
-        """A value quantised into a panel, per row or with a static scale and zero point: codes, scales, zero points (none in
-        layout "lanes", which is symmetric) and the number of rows. With `symmetric`, "tile" has the codes of "lanes".
+    def codes(self, name: str, layout: str, static: tuple[float, int] | None = None) -> tuple[Buffer, Buffer, Buffer, int]:
+        """A value quantised into a panel, per row or with a static scale and zero point: codes, scales, zero points and the
+        number of rows.
 
         Made once and shared.
         """
         m, k = as_rows(self.shape(name))
-        key = (name, layout, static, symmetric)
-        if key not in self.panels:
+        if (name, layout, static) not in self.panels:
             x, form = self.stored(name)
             x = x if form == "lanes" else x.reshape(m, k)
-            codes, scales = self.scratch(_core.codes_nbytes(m, k, layout)), Buffer((m,), np.float32)
-            zeros = Buffer((m,), np.int32) if layout == "tile" else None
-            how = (*(static or (None, 128)), symmetric)
-            self.step(_core.quantize_activations, x, form == "lanes", layout, codes, scales, zeros, *how)
-            self.panels[key] = (codes, scales, zeros)
-        return (*self.panels[key], m)
+            panel = self.panel(name, layout, static)
+            self._move(_core.quantize_activations, x, form == "lanes", layout, *panel, *(static or ()))
+        return (*self.panels[name, layout, static], m)
+
+    def panel(self, name: str, layout: str, static: tuple[float, int] | None) -> tuple[Buffer, Buffer, Buffer]:
+        """New buffers for the codes, scales and zero points of a value, for the present node to fill."""
+        m, k = as_rows(self.shape(name))
+        codes = self.scratch(_core.codes_nbytes(m, k, layout))
+        self.panels[name, layout, static] = codes, Buffer((m,), np.float32), Buffer((m,), np.int32)
+        return self.panels[name, layout, static]
 
     def groups(self, name: str, group: int) -> tuple[Buffer, Buffer, Buffer, int]:
         """A value quantised to int8 with a scale for each group of a row: codes, scales, offsets and the number of rows.
@@ -207,6 +218,21 @@ class Layout:
         """A new buffer for a value that the present node makes."""
         self.forms[name] = {layout: self._fresh(name, layout)}
         return self.forms[name][layout]
+
+    def wanted(self, name: str) -> str:
+        """The layout to make a value in where a kernel can write either: lanes if that saves a reader a conversion."""
+        forms = (find(node).reads(node, index, self) for node, index in self.readers.get(name, ()))
+        return "lanes" if name not in self.bound and any(form.startswith("lanes") for form in forms) else "rows"
+
+    def codes_alone(self, name: str) -> tuple[str, tuple[float, int] | None] | None:
+        """Layout and static scale of the codes that all readers of a value take; None if anything else is read of it."""
+        readers = [] if name in self.model.outputs else self.readers.get(name, [])
+        forms = {(find(node).reads(node, index, self), static_scale(node)) for node, index in readers}
+        if len(forms) != 1:
+            return None
+        ((form, static),) = forms
+        layout, *codes = form.split()
+        return (layout, static) if codes else None
 
     def alias(self, name: str, buffer: Buffer) -> bool:
         """Let a value that the present node makes be another buffer under its own shape: no step, no copy.
@@ -262,14 +288,39 @@ class Layout:
         return Packed(name, pack)
 
     def choose(self, node: Node, products: Sequence[Product]) -> Product:
-        """The product that a Linear is bound to, of those that can serve it."""
-        self.chosen[node.name] = products[0]
-        return products[0]
+        """The product that a Linear is bound to, of those that can serve it: its weight's own, or the fastest expected.
+
+        The same whenever it is asked for.
+        """
+        if node.name not in self.choices:
+            ways = ways_of(node, products, self)
+            self.choices[node.name] = Choice(self._way(node, ways), ways)
+        return self.choices[node.name].way.product
 
     def step(self, kernel: Callable[..., None], *args: Any) -> None:
         self.steps.append(Step(self.node, kernel, args))
 
+    @cached_property
+    def readers(self) -> dict[str, list[tuple[Node, int]]]:
+        """By value: the nodes that read it, and as which input."""
+        return _readers(self.model)
+
+    @cached_property
+    def resident(self) -> int:
+        """Bytes of the model's weights."""
+        return stored_bytes(self.model)
+
     # ---- inner ----
+
+    def _way(self, node: Node, ways: Sequence[Way]) -> Way:
+        alike = None if self.like is None else self.like.choices[node.name].way.product
+        found = next((way for way in ways if way.product == alike), None)
+        if found is None and self.decide is not None and len(ways) > 1:
+            return self.decide(ways, self.resident)
+        return found or ways[0]
+
+    def _move(self, kernel: Callable[..., None], *args: Any) -> None:
+        self.steps.append(Step(self.node, kernel, args, moves=True))
 
     def _fresh(self, name: str, layout: str) -> Buffer:
         shape, dtype = self.shape(name), self.types[name].dtype
@@ -333,6 +384,15 @@ class Layout:
         return place(list({id(b.root): b.root for b in used if not b.external}.values()))
 
 
+def _readers(model: Model) -> dict[str, list[tuple[Node, int]]]:
+    """By value: the nodes that read it, and as which input."""
+    readers: dict[str, list[tuple[Node, int]]] = {}
+    for node in model.nodes:
+        for index, name in enumerate(node.inputs):
+            readers.setdefault(name, []).append((node, index))
+    return readers
+
+
 def _groups(steps: list[Step], inputs: Iterable[Buffer]) -> list[int]:
     """Number the steps so that steps of one number need no barrier between them: none touches what another of them makes.
 
@@ -355,16 +415,17 @@ def _groups(steps: list[Step], inputs: Iterable[Buffer]) -> list[int]:
 
 
 class Plan:
-    """The second pass: steps bound to addresses in an arena."""
+    """The second pass: steps bound to addresses in an arena; each `apart`, in a program of its own, where they are timed."""
 
-    def __init__(self, layout: Layout, arena: Array, weights: Weights) -> None:
+    def __init__(self, layout: Layout, arena: Array, weights: Weights, apart: bool = False) -> None:
+        self.apart = apart
         self.inputs = {name: buffer.view(arena) for name, buffer in layout.inputs.items()}
         self.outputs = {name: buffer.view(arena) for name, buffer in layout.outputs.items()}
         self.steps = layout.steps
         self.segments: list[_core.Program | Callable[[], None]] = []
         before = None
         for group, step in zip(layout.groups, layout.steps, strict=True):
-            if group == before:
+            if group == before and not apart:
                 self.segments[-1].overlap()  # type: ignore[union-attr]
             self._bind(step, arena, weights, layout.threads)
             before = group
@@ -382,7 +443,7 @@ class Plan:
         if step.kernel is None:
             self.segments.append(_reference(step.node, args, [out.view(arena) for out in step.outputs]))
             return
-        if not self.segments or not isinstance(self.segments[-1], _core.Program):
+        if self.apart or not self.segments or not isinstance(self.segments[-1], _core.Program):
             self.segments.append(_core.Program())
         try:
             args = [arg.view(arena) if isinstance(arg, InPlace) else arg for arg in args]

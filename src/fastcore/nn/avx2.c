@@ -46,6 +46,10 @@ static void layer_norm_f32_avx2(const float *x, int64_t rows, int64_t n, const f
                                 float *out) {
     layer_norm_body(x, rows, n, gamma, beta, epsilon, out);
 }
+static void layer_norm_lanes_f32_avx2(const float *x, int64_t stride, int64_t rows, int64_t n, const float *gamma,
+                                        const float *beta, float epsilon, float *out) {
+    layer_norm_lanes_body(x, stride, rows, n, gamma, beta, epsilon, out);
+}
 static void layer_norm_grad_f32_avx2(const float *dy, const float *x, int64_t rows, int64_t n, const float *gamma, float epsilon,
                                      float *dx, float *stats) {
     layer_norm_grad_body(dy, x, rows, n, gamma, epsilon, dx, stats);
@@ -129,6 +133,7 @@ void fc_nn_install_avx2(fc_table *table) {
     FC_INSTALL(table, squared_error_f32, avx2);
     FC_INSTALL(table, column_sum_f32, avx2);
     FC_INSTALL(table, layer_norm_f32, avx2);
+    FC_INSTALL(table, layer_norm_lanes_f32, avx2);
     FC_INSTALL(table, layer_norm_grad_f32, avx2);
     FC_INSTALL(table, layer_norm_gamma_f32, avx2);
     FC_INSTALL(table, softmax_f32, avx2);

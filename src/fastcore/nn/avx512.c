@@ -1,7 +1,5 @@
 /* AVX-512: the shared bodies in vectors of 16, and a transpose of 16 x 16 tiles held in registers.
- *
- * A tile is four rounds of sixteen shuffles (pairs of 1, 2, 4 and 8 columns): one per four elements, which keeps ahead of the
- * stores. Edges use the masked forms of the same loads and stores.
+ * Edges use the masked forms of the same loads and stores.
  */
 #include "../fastcore.h"
 
@@ -20,6 +18,7 @@ FC_INLINE void store_part(float *x, int count, const float *lanes) {
 }
 
 #include "body.h"
+#include "transpose512.h"
 
 static void activate_f32_avx512(fc_activation kind, const float *x, int64_t n, float *out) { activate_body(kind, x, n, out); }
 static void activate_grad_f32_avx512(fc_activation kind, const float *dy, const float *x, int64_t n, float *dx) {
@@ -62,33 +61,61 @@ static void distillation_grad_f32_avx512(const float *x, const float *teacher, i
     distillation_grad_body(x, teacher, n, factor, soft, hard, out);
 }
 
+/* Fold 16 lanes of sums as fold_sum does. */
+FC_INLINE __m512 fold_vectors(__m512 *sums) {
+#pragma GCC unroll 4
+    for (int half = 8; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int l = 0; l < half; l++) sums[l] = _mm512_add_ps(sums[l], sums[l + half]);
+    return sums[0];
+}
+
+/* The sum down 16 columns of x, or of (x - mean)^2, each in the 16 lanes that it has along a row. */
+FC_INLINE __m512 sum_down(const float *x, int64_t stride, int64_t n, __mmask16 live, const __m512 *mean) {
+    __m512 sums[16];
+#pragma GCC unroll 16
+    for (int l = 0; l < 16; l++) sums[l] = _mm512_setzero_ps();
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16, x += 16 * stride)
+#pragma GCC unroll 16
+        for (int l = 0; l < 16; l++) {
+            const __m512 v = _mm512_maskz_loadu_ps(live, x + l * stride);
+            sums[l] = mean ? _mm512_fmadd_ps(_mm512_sub_ps(v, *mean), _mm512_sub_ps(v, *mean), sums[l]) : _mm512_add_ps(sums[l], v);
+        }
+#pragma GCC unroll 15
+    for (int l = 0; l < 15; l++) {
+        if (i + l >= n) break;
+        const __m512 v = _mm512_maskz_loadu_ps(live, x + l * stride);
+        sums[l] = mean ? _mm512_fmadd_ps(_mm512_sub_ps(v, *mean), _mm512_sub_ps(v, *mean), sums[l]) : _mm512_add_ps(sums[l], v);
+    }
+    return fold_vectors(sums);
+}
+
+static void layer_norm_lanes_f32_avx512(const float *x, int64_t stride, int64_t rows, int64_t n, const float *gamma,
+                                        const float *beta, float epsilon, float *out) {
+    const __m512 count = _mm512_set1_ps((float)n);
+    for (int64_t r = 0; r < rows; r += 16) {
+        const __mmask16 live = first_lanes(rows - r);
+        const __m512 mean = _mm512_div_ps(sum_down(x + r, stride, n, live, NULL), count);
+        const __m512 variance = _mm512_div_ps(sum_down(x + r, stride, n, live, &mean), count);
+        const __m512 deviation = _mm512_sqrt_ps(_mm512_add_ps(variance, _mm512_set1_ps(epsilon)));
+        const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(1.0f), deviation);
+        for (int64_t i = 0; i < n; i++) {
+            const __m512 v = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(live, x + i * stride + r), mean), inverse);
+            const __m512 factor = _mm512_set1_ps(gamma ? gamma[i] : 1.0f), shift = _mm512_set1_ps(beta ? beta[i] : 0.0f);
+            _mm512_mask_storeu_ps(out + i * stride + r, live, _mm512_fmadd_ps(v, factor, shift));
+        }
+    }
+}
+
 /* Rows and columns of the tile, 1 to 16 each; constants where the tile is whole. */
 FC_INLINE void transpose_tile(const float *x, int64_t x_stride, int rows, int columns, float *out, int64_t out_stride) {
-    __m512 a[16], b[16];
+    __m512 a[16];
     const __mmask16 wide = first_lanes(columns), high = first_lanes(rows);
     for (int i = 0; i < 16; i++) a[i] = i < rows ? _mm512_maskz_loadu_ps(wide, x + i * x_stride) : _mm512_setzero_ps();
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int k = 0; k < 2; k++) {
-            const __m512d first = _mm512_castps_pd(b[i + k]), second = _mm512_castps_pd(b[i + k + 2]);
-            a[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(first, second));
-            a[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(first, second));
-        }
-    /* a[4 g + c] now holds, of rows 4 g to 4 g + 3, the columns c, c + 4, c + 8 and c + 12. */
-    for (int c = 0; c < 4; c++)
-        for (int g = 0; g < 2; g++) {
-            b[8 * g + c] = _mm512_shuffle_f32x4(a[8 * g + c], a[8 * g + c + 4], 0x88);
-            b[8 * g + c + 4] = _mm512_shuffle_f32x4(a[8 * g + c], a[8 * g + c + 4], 0xdd);
-        }
-    for (int c = 0; c < 4; c++)
-        for (int q = 0; q < 4; q++) {
-            const __m512 low = b[c + 4 * (q & 1)], top = b[8 + c + 4 * (q & 1)];
-            const __m512 line = q < 2 ? _mm512_shuffle_f32x4(low, top, 0x88) : _mm512_shuffle_f32x4(low, top, 0xdd);
-            if (c + 4 * q < columns) _mm512_mask_storeu_ps(out + (c + 4 * q) * out_stride, high, line);
-        }
+    transpose_vectors(a);
+    for (int i = 0; i < 16; i++)
+        if (i < columns) _mm512_mask_storeu_ps(out + i * out_stride, high, a[i]);
 }
 
 static void transpose_f32_avx512(const float *x, int64_t x_stride, int64_t rows, int64_t columns, float *out,
@@ -117,6 +144,7 @@ void fc_nn_install_avx512(fc_table *table) {
     FC_INSTALL(table, squared_error_f32, avx512);
     FC_INSTALL(table, column_sum_f32, avx512);
     FC_INSTALL(table, layer_norm_f32, avx512);
+    FC_INSTALL(table, layer_norm_lanes_f32, avx512);
     FC_INSTALL(table, layer_norm_grad_f32, avx512);
     FC_INSTALL(table, layer_norm_gamma_f32, avx512);
     FC_INSTALL(table, softmax_f32, avx512);

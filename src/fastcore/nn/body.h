@@ -185,6 +185,41 @@ FC_INLINE void layer_norm_body(const float *x, int64_t rows, int64_t n, const fl
     }
 }
 
+/* fold_sum of each of 16 columns, whose lanes are sums[0] to sums[15]; the result replaces sums[0]. */
+FC_INLINE void fold_columns(float sums[LANES][LANES]) {
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int l = 0; l < half; l++)
+            for (int c = 0; c < LANES; c++) sums[l][c] += sums[l + half][c];
+}
+
+/* Rows in columns: the terms of each go to the lanes that they have in a row. */
+FC_INLINE void layer_norm_lanes_body(const float *x, int64_t stride, int64_t rows, int64_t n, const float *gamma,
+                                     const float *beta, float epsilon, float *out) {
+    for (int64_t r = 0; r < rows; r += LANES) {
+        const int live = rows - r < LANES ? (int)(rows - r) : LANES;
+        float sums[LANES][LANES] = {{0}}, part[LANES], mean[LANES], inverse[LANES];
+        for (int64_t i = 0; i < n; i++) {
+            load_part(x + i * stride + r, live, 0.0f, part);
+            add_value(part, sums[i % LANES]);
+        }
+        fold_columns(sums);
+        for (int c = 0; c < LANES; c++) mean[c] = sums[0][c] / (float)n;
+        memset(sums, 0, sizeof sums);
+        for (int64_t i = 0; i < n; i++) {
+            load_part(x + i * stride + r, live, 0.0f, part);
+            for (int c = 0; c < LANES; c++) sums[i % LANES][c] = fc_fma(part[c] - mean[c], part[c] - mean[c], sums[i % LANES][c]);
+        }
+        fold_columns(sums);
+        for (int c = 0; c < LANES; c++) inverse[c] = 1.0f / __builtin_sqrtf(sums[0][c] / (float)n + epsilon);
+        for (int64_t i = 0; i < n; i++) {
+            const float factor = gamma ? gamma[i] : 1.0f, shift = beta ? beta[i] : 0.0f;
+            load_part(x + i * stride + r, live, 0.0f, part);
+            for (int c = 0; c < LANES; c++) part[c] = fc_fma((part[c] - mean[c]) * inverse[c], factor, shift);
+            store_part(out + i * stride + r, live, part);
+        }
+    }
+}
+
 /* sum += g and dot += g * (x - mean) * inverse, where g = dy * gamma. */
 FC_INLINE void add_projections(const float *dy, const float *gamma, const float *x, float mean, float inverse, float *sum,
                                float *dot) {

@@ -83,6 +83,13 @@ void fc_nn_layer_norm(const void *args, int rank, int size) {
     fc_kernels.layer_norm_f32(a->x + i * a->n, end - i, a->n, a->gamma, a->beta, a->epsilon, a->out + i * a->n);
 }
 
+void fc_nn_layer_norm_lanes(const void *args, int rank, int size) {
+    const fc_rows *a = args;
+    int64_t i, end;
+    fc_partition(a->m, LINE, rank, size, &i, &end);
+    fc_kernels.layer_norm_lanes_f32(a->x + i, a->m, end - i, a->n, a->gamma, a->beta, a->epsilon, a->out + i);
+}
+
 void fc_nn_layer_norm_grad(const void *args, int rank, int size) {
     const fc_rows *a = args;
     int64_t i, end;

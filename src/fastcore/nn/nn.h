@@ -35,6 +35,9 @@ typedef void fc_column_sum_f32_fn(const float *x, int64_t rows, int64_t columns,
 /* out = (x - mean) / sqrt(variance + epsilon) * gamma + beta along each row of n; gamma, beta may be NULL; out may be x. */
 typedef void fc_layer_norm_f32_fn(const float *x, int64_t rows, int64_t n, const float *gamma, const float *beta, float epsilon,
                                   float *out);
+/* The same bits with the rows side by side: row c is column c of x[n][stride], c < rows; so is out. out may be x. */
+typedef void fc_layer_norm_lanes_f32_fn(const float *x, int64_t stride, int64_t rows, int64_t n, const float *gamma,
+                                        const float *beta, float epsilon, float *out);
 /* The gradient with respect to x; stats[2 i] and [2 i + 1] take the mean and 1 / sqrt(variance + epsilon) of row i, unless NULL.
  * dx may be dy or x where stats is NULL. */
 typedef void fc_layer_norm_grad_f32_fn(const float *dy, const float *x, int64_t rows, int64_t n, const float *gamma,
@@ -72,6 +75,7 @@ typedef void fc_transpose_f32_fn(const float *x, int64_t x_stride, int64_t rows,
     SLOT(squared_error_f32)                                                                                                      \
     SLOT(column_sum_f32)                                                                                                         \
     SLOT(layer_norm_f32)                                                                                                         \
+    SLOT(layer_norm_lanes_f32)                                                                                                   \
     SLOT(layer_norm_grad_f32)                                                                                                    \
     SLOT(layer_norm_gamma_f32)                                                                                                   \
     SLOT(softmax_f32)                                                                                                            \
@@ -107,6 +111,7 @@ typedef struct fc_rows {
 } fc_rows;
 void fc_nn_column_sum(const void *args, int rank, int size);
 void fc_nn_layer_norm(const void *args, int rank, int size);
+void fc_nn_layer_norm_lanes(const void *args, int rank, int size); /* x and out [n, m] */
 void fc_nn_layer_norm_grad(const void *args, int rank, int size);
 void fc_nn_layer_norm_grad_columns(const void *args, int rank, int size); /* dgamma and dbeta; after the step above */
 void fc_nn_softmax(const void *args, int rank, int size);

@@ -42,6 +42,7 @@ cdef extern from "nn/nn.h" nogil:
     void fc_nn_scale(const void *args, int rank, int size) noexcept
     void fc_nn_column_sum(const void *args, int rank, int size) noexcept
     void fc_nn_layer_norm(const void *args, int rank, int size) noexcept
+    void fc_nn_layer_norm_lanes(const void *args, int rank, int size) noexcept
     void fc_nn_layer_norm_grad(const void *args, int rank, int size) noexcept
     void fc_nn_layer_norm_grad_columns(const void *args, int rank, int size) noexcept
     void fc_nn_softmax(const void *args, int rank, int size) noexcept
@@ -122,15 +123,20 @@ def column_sum(Program program, x not None, out not None):
     program.add(fc_nn_column_sum, &a, sizeof(a), (x, out))
 
 
-def layer_norm(Program program, x not None, gamma, beta, float epsilon, out not None):
-    """Append out = (x - mean) / sqrt(variance + epsilon) * gamma + beta along the rows of x[M,N]; out may be x."""
+def layer_norm(Program program, x not None, gamma, beta, float epsilon, out not None, bint lanes=False):
+    """Append out = (x - mean) / sqrt(variance + epsilon) * gamma + beta along the rows of x[M,N]; out may be x.
+
+    With `lanes`, x and out are [N,M]; the bits are the same.
+    """
     cdef fc_rows a
     rows_of(&a, x)
+    if lanes:
+        a.m, a.n = a.n, a.m
     a.epsilon = epsilon
     a.gamma = <const float *>optional_pointer(gamma, "gamma", "f", (a.n,))
     a.beta = <const float *>optional_pointer(beta, "beta", "f", (a.n,))
-    a.out = <float *>pointer(out, "out", "f", (a.m, a.n), True)
-    program.add(fc_nn_layer_norm, &a, sizeof(a), (x, gamma, beta, out))
+    a.out = <float *>pointer(out, "out", "f", (a.n, a.m) if lanes else (a.m, a.n), True)
+    program.add(fc_nn_layer_norm_lanes if lanes else fc_nn_layer_norm, &a, sizeof(a), (x, gamma, beta, out))
 
 
 def layer_norm_grad(Program program, dy not None, x not None, gamma, float epsilon, dx not None, dgamma, dbeta):

@@ -29,6 +29,10 @@ static void layer_norm_f32_scalar(const float *x, int64_t rows, int64_t n, const
                                   float *out) {
     layer_norm_body(x, rows, n, gamma, beta, epsilon, out);
 }
+static void layer_norm_lanes_f32_scalar(const float *x, int64_t stride, int64_t rows, int64_t n, const float *gamma,
+                                        const float *beta, float epsilon, float *out) {
+    layer_norm_lanes_body(x, stride, rows, n, gamma, beta, epsilon, out);
+}
 static void layer_norm_grad_f32_scalar(const float *dy, const float *x, int64_t rows, int64_t n, const float *gamma,
                                        float epsilon, float *dx, float *stats) {
     layer_norm_grad_body(dy, x, rows, n, gamma, epsilon, dx, stats);
@@ -68,6 +72,7 @@ void fc_nn_install_scalar(fc_table *table) {
     FC_INSTALL(table, squared_error_f32, scalar);
     FC_INSTALL(table, column_sum_f32, scalar);
     FC_INSTALL(table, layer_norm_f32, scalar);
+    FC_INSTALL(table, layer_norm_lanes_f32, scalar);
     FC_INSTALL(table, layer_norm_grad_f32, scalar);
     FC_INSTALL(table, layer_norm_gamma_f32, scalar);
     FC_INSTALL(table, softmax_f32, scalar);

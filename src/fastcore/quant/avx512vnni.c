@@ -174,31 +174,48 @@ static void quantize_static_rows_f32_u8_avx512vnni(const float *x, int64_t strid
 }
 
 /* Sixteen lanes at four depths; depths from `depth` on are the zero point. */
-FC_INLINE __m512i quantize_depths(const float *x, int64_t stride, int64_t depth, __mmask16 live, __m512 inverse, __m512i zero) {
+FC_INLINE __m512i quantize_depths(const float *x, int64_t stride, int64_t depth, __mmask16 live, __m512 inverse, __m512i zero,
+                                  const static_scale *fixed) {
     const __m512i by_lane = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     __m512i q[4];
-    for (int j = 0; j < 4; j++)
-        q[j] = j < depth ? quantize(_mm512_maskz_loadu_ps(live, x + j * stride), inverse) : _mm512_setzero_si512();
+    for (int j = 0; j < 4; j++) {
+        const __m512 v = j < depth ? _mm512_maskz_loadu_ps(live, x + j * stride) : _mm512_setzero_ps();
+        q[j] = fixed ? quantize_static(v, fixed) : quantize(v, inverse);
+    }
     return _mm512_shuffle_epi8(pack_bytes(q[0], q[1], q[2], q[3], _mm512_packs_epi32(zero, zero)), by_lane);
 }
 
-static void quantize_lanes_f32_u8_avx512vnni(const float *x, int64_t stride, int64_t rows, int64_t k, const float *inverse,
-                                             const int32_t *zeros, uint8_t *out, int64_t out_stride) {
+/* Each lane with its own factor and zero point, or all of them with one scale and zeros[0]. */
+FC_INLINE void quantize_lanes(const float *x, int64_t stride, int64_t rows, int64_t k, const float *inverse, const int32_t *zeros,
+                              const static_scale *fixed, uint8_t *out, int64_t out_stride) {
+    __m512 factor = _mm512_setzero_ps();
+    __m512i zero = _mm512_set1_epi32(fixed ? zeros[0] : 0);
     for (int64_t i = 0; i < k; i += 4) {
         uint8_t *to = out + i * out_stride;
         int64_t r = 0;
         for (; r + LANES <= rows && i + 4 <= k; r += LANES) {
-            const __m512 factor = _mm512_loadu_ps(inverse + r);
-            const __m512i zero = _mm512_loadu_si512(zeros + r);
-            _mm512_storeu_si512(to + r * 4, quantize_depths(x + i * stride + r, stride, 4, 0xffff, factor, zero));
+            if (!fixed) factor = _mm512_loadu_ps(inverse + r), zero = _mm512_loadu_si512(zeros + r);
+            _mm512_storeu_si512(to + r * 4, quantize_depths(x + i * stride + r, stride, 4, 0xffff, factor, zero, fixed));
         }
         for (; r < rows; r += LANES) {
             const __mmask16 live = first_lanes(rows - r);
-            const __m512 factor = _mm512_maskz_loadu_ps(live, inverse + r);
-            const __m512i zero = _mm512_maskz_loadu_epi32(live, zeros + r);
-            _mm512_mask_storeu_epi32(to + r * 4, live, quantize_depths(x + i * stride + r, stride, k - i, live, factor, zero));
+            if (!fixed) factor = _mm512_maskz_loadu_ps(live, inverse + r), zero = _mm512_maskz_loadu_epi32(live, zeros + r);
+            const __m512i codes = quantize_depths(x + i * stride + r, stride, k - i, live, factor, zero, fixed);
+            _mm512_mask_storeu_epi32(to + r * 4, live, codes);
         }
     }
+}
+
+static void quantize_lanes_f32_u8_avx512vnni(const float *x, int64_t stride, int64_t rows, int64_t k, const float *inverse,
+                                             const int32_t *zeros, uint8_t *out, int64_t out_stride) {
+    quantize_lanes(x, stride, rows, k, inverse, zeros, NULL, out, out_stride);
+}
+
+static void quantize_static_lanes_f32_u8_avx512vnni(const float *x, int64_t stride, int64_t rows, int64_t k, float scale,
+                                                    int zero_point, uint8_t *out, int64_t out_stride) {
+    const int32_t zero = zero_point;
+    const static_scale fixed = {_mm512_set1_ps(scale), _mm512_set1_ps(1.0f / scale), _mm512_set1_ps(512.0f * scale)};
+    quantize_lanes(x, stride, rows, k, NULL, &zero, &fixed, out, out_stride);
 }
 
 /* ---- the product ---- */
@@ -307,11 +324,6 @@ static void linear_u8_s8_f32_avx512vnni(const fc_int8_tile *t) {
     case 11: run_tile(t, 11, 1); break;
     default: run_tile(t, 12, 1); break;
     }
-}
-
-static void quantize_static_lanes_f32_u8_avx512vnni(const float *x, int64_t stride, int64_t rows, int64_t k, float scale,
-                                                    int zero_point, uint8_t *out, int64_t out_stride) {
-    quantize_static_lanes_body(x, stride, rows, k, scale, zero_point, out, out_stride);
 }
 
 FC_TARGET_END

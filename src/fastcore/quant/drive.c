@@ -16,7 +16,7 @@
 
 enum {
     GROUP_BLOCK_BYTES = 384 * 1024, /* codes of a block of row groups: leaves room in a 1 MiB L2 for the panel and the output */
-    STRIP = 128,                    /* rows quantised at a time in the "lanes" layout: both passes find the strip in L2 */
+    STRIP = FC_INT8_TILE,           /* rows quantised at a time at most: both passes find the strip in L2 */
 };
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -88,61 +88,101 @@ void fc_quantize_blocks(const void *args, int rank, int size) {
 }
 
 /* Scale, inverse and zero point of a row from low <= 0 to high >= 0, as quant.h says. */
-static float choose_scale(float low, float high, int symmetric, float *inverse, int32_t *zero) {
+static float choose_scale(float low, float high, float *inverse, int32_t *zero) {
     *zero = 128;
-    if (symmetric) return row_scale(largest(low, high), 127.0f, inverse);
     const float scale = row_scale(0.5f * high - 0.5f * low, 127.5f, inverse);
     if (*inverse != 0.0f) *zero = (int32_t)__builtin_rintf(-low * *inverse);
     return scale;
 }
 
-/* Rows first ... first + count of the matrix; count <= STRIP. */
-static void quantize_strip(const fc_quantize_activations_args *a, int64_t first, int64_t count, uint8_t *out,
-                           int64_t out_stride) {
+static void fill_scale(const fc_quantize_activations_args *a, int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; r++) {
+        a->scales[r] = a->scale;
+        a->zeros[r] = a->zero_point;
+    }
+}
+
+/* Rows first ... first + count of the matrix, which lie at x, `stride` from one row, or lane, to the next; count <= STRIP. */
+static void quantize_strip(const fc_quantize_activations_args *a, const float *x, int64_t stride, int64_t first, int64_t count,
+                           uint8_t *out, int64_t out_stride) {
     float low[STRIP], high[STRIP], inverse[STRIP];
     int32_t zeros[STRIP];
-    const float *x = a->x + (a->x_lanes ? first : first * a->k);
     if (a->scale != 0.0f) {
-        for (int64_t r = 0; r < count; r++) {
-            a->scales[first + r] = a->scale;
-            a->zeros[first + r] = a->zero_point;
-        }
+        fill_scale(a, first, first + count);
         if (a->x_lanes)
-            fc_kernels.quantize_static_lanes_f32_u8(x, a->m, count, a->k, a->scale, a->zero_point, out, out_stride);
+            fc_kernels.quantize_static_lanes_f32_u8(x, stride, count, a->k, a->scale, a->zero_point, out, out_stride);
         else
-            fc_kernels.quantize_static_rows_f32_u8(x, a->k, count, a->k, a->scale, a->zero_point, out, out_stride);
+            fc_kernels.quantize_static_rows_f32_u8(x, stride, count, a->k, a->scale, a->zero_point, out, out_stride);
         return;
     }
     if (a->x_lanes) {
-        fc_kernels.range_lanes_f32(x, a->m, count, a->k, low, high);
+        fc_kernels.range_lanes_f32(x, stride, count, a->k, low, high);
     } else {
-        for (int64_t r = 0; r < count; r++) fc_kernels.range_f32(x + r * a->k, a->k, &low[r], &high[r]);
+        for (int64_t r = 0; r < count; r++) fc_kernels.range_f32(x + r * stride, a->k, &low[r], &high[r]);
     }
-    const int symmetric = a->symmetric || a->layout == FC_PANEL_LANES;
-    for (int64_t r = 0; r < count; r++) a->scales[first + r] = choose_scale(low[r], high[r], symmetric, &inverse[r], &zeros[r]);
-    if (a->zeros) memcpy(a->zeros + first, zeros, (size_t)count * sizeof *zeros);
+    for (int64_t r = 0; r < count; r++) a->scales[first + r] = choose_scale(low[r], high[r], &inverse[r], &zeros[r]);
+    memcpy(a->zeros + first, zeros, (size_t)count * sizeof *zeros);
     if (a->x_lanes)
-        fc_kernels.quantize_lanes_f32_u8(x, a->m, count, a->k, inverse, zeros, out, out_stride);
+        fc_kernels.quantize_lanes_f32_u8(x, stride, count, a->k, inverse, zeros, out, out_stride);
     else
-        fc_kernels.quantize_rows_f32_u8(x, a->k, count, a->k, inverse, zeros, out, out_stride);
+        fc_kernels.quantize_rows_f32_u8(x, stride, count, a->k, inverse, zeros, out, out_stride);
+}
+
+/* Where a tile of a "lanes" panel lies, and what it holds of its rows first ... last. */
+typedef struct panel_tile {
+    uint8_t *codes;     /* of row `first` */
+    int64_t width, pad; /* dwords from one depth to the next; rows of padding after `last`, where it is the last of all */
+} panel_tile;
+
+static panel_tile find_tile(const fc_quantize_activations_args *a, int64_t first, int64_t last) {
+    const int64_t k4 = (a->k + 3) / 4, padded = (a->m + FC_INT8_LANES - 1) / FC_INT8_LANES * FC_INT8_LANES;
+    const int64_t tile = first / FC_INT8_TILE * FC_INT8_TILE;
+    return (panel_tile){a->codes + (tile * k4 + first - tile) * 4, smaller(FC_INT8_TILE, padded - tile),
+                        last == a->m ? padded - last : 0};
+}
+
+static void fill_up(const panel_tile *t, int64_t rows, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end && t->pad; i++) memset(t->codes + (i * t->width + rows) * 4, 128, (size_t)t->pad * 4);
+}
+
+void fc_quantize_tile(const fc_quantize_activations_args *a, const float *x, int64_t stride, int64_t first, int64_t last) {
+    const panel_tile t = find_tile(a, first, last);
+    quantize_strip(a, x, stride, first, last - first, t.codes, t.width);
+    fill_up(&t, last - first, 0, (a->k + 3) / 4);
+}
+
+void fc_quantize_depths(const fc_quantize_activations_args *a, const float *x, int64_t stride, int64_t first, int64_t last,
+                        int64_t depth, int64_t end) {
+    const panel_tile t = find_tile(a, first, last);
+    uint8_t *out = t.codes + depth * t.width;
+    if (depth == 0) fill_scale(a, first, last);
+    fc_kernels.quantize_static_lanes_f32_u8(x, stride, last - first, end - depth, a->scale, a->zero_point, out, t.width);
+    fill_up(&t, last - first, depth / 4, (end + 3) / 4);
+}
+
+/* Rows begin ... end of a panel of lanes: strips end where tiles do, for a tile has its own stride. */
+static void quantize_to_lanes(const fc_quantize_activations_args *a, int64_t begin, int64_t end) {
+    const int64_t stride = a->x_lanes ? a->m : a->k;
+    for (int64_t first = begin, next; first < end; first = next) {
+        next = smaller(first / FC_INT8_TILE * FC_INT8_TILE + FC_INT8_TILE, end);
+        fc_quantize_tile(a, a->x + (a->x_lanes ? first : first * a->k), stride, first, next);
+    }
 }
 
 void fc_quantize_activations(const void *args, int rank, int size) {
     const fc_quantize_activations_args *a = args;
-    const int lanes = a->layout == FC_PANEL_LANES;
-    const int64_t k4 = (a->k + 3) / 4, strip = lanes ? STRIP : FC_INT8_ROWS;
-    const int64_t padded = (a->m + FC_INT8_LANES - 1) / FC_INT8_LANES * FC_INT8_LANES;
+    const int64_t k4 = (a->k + 3) / 4;
     int64_t begin, end;
-    fc_partition(a->m, lanes ? FC_INT8_LANES : FC_INT8_ROWS, rank, size, &begin, &end);
-    for (int64_t first = begin; first < end; first += strip) {
-        const int64_t count = smaller(strip, end - first);
-        if (lanes)
-            quantize_strip(a, first, count, a->codes + first * 4, padded);
-        else
-            quantize_strip(a, first, count, a->codes + first * k4 * 4, count);
+    fc_partition(a->m, a->layout == FC_PANEL_LANES ? FC_INT8_LANES : FC_INT8_ROWS, rank, size, &begin, &end);
+    if (a->layout == FC_PANEL_LANES) {
+        quantize_to_lanes(a, begin, end);
+        return;
     }
-    if (!lanes || begin == end || end < a->m) return;
-    for (int64_t i = 0; i < k4; i++) memset(a->codes + (i * padded + a->m) * 4, 128, (size_t)(padded - a->m) * 4);
+    for (int64_t first = begin; first < end; first += FC_INT8_ROWS) {
+        const int64_t count = smaller(FC_INT8_ROWS, end - first);
+        const int64_t at = a->x_lanes ? first : first * a->k;
+        quantize_strip(a, a->x + at, a->x_lanes ? a->m : a->k, first, count, a->codes + first * k4 * 4, count);
+    }
 }
 
 /* ---- the packed weight ---- */

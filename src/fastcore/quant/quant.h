@@ -7,18 +7,16 @@
  *
  * Panels of quantised activations x[m, k], K4 = ceil(k / 4); the pad of the last dword along k is the row's zero point:
  *   "tile"   [ceil(m / 12)][K4][12] dwords, for the dense product. The last group holds only its m % 12 rows: [K4][m % 12].
- *   "lanes"  [K4][Mp] dwords, Mp = m rounded up to a multiple of 16, pad rows 128, for the sparse product.
+ *   "lanes"  [ceil(m / 64)][K4][64] dwords, for the sparse product. The last tile holds only its rows, rounded up to a multiple
+ *            of 16 with pad rows of 128: [K4][16, 32 or 48].
  *
- * Quantising a row, each operation rounded to float32:
- *   "tile"   low = min(0, min x), high = max(0, max x), half = high / 2 - low / 2 (half, for high - low may overflow);
- *            scale = half / 127.5, inverse = 127.5 / half, zero = round half even(-low * inverse),
- *            q = clip(round half even(x * inverse) + zero, 0, 255). So 0 is exact, and a row of one sign has all 256 codes.
- *   "lanes"  half = max|x|, scale = half / 127, inverse = 127 / half, zero = 128: symmetric, what the sparse kernels take.
- * A row whose half is below FC_INT8_TINY has scale 1, zero 128 and all q = 128. A row with an infinity or a NaN has scale NaN, so
+ * Quantising a row, each operation rounded to float32: low = min(0, min x), high = max(0, max x), half = high / 2 - low / 2
+ * (half, for high - low may overflow); scale = half / 127.5, inverse = 127.5 / half, zero = round half even(-low * inverse),
+ * q = clip(round half even(x * inverse) + zero, 0, 255). So 0 is exact, and a row of one sign has all 256 codes. A row whose half is below FC_INT8_TINY has scale 1, zero 128 and all q = 128. A row with an infinity or a NaN has scale NaN, so
  * that everything computed from it is NaN; its codes are of no meaning (but the same everywhere).
  *
  * Static scales, chosen beforehand: q = clip(round half even(x / scale) + zero, 0, 255), as ONNX QuantizeLinear has it, with one
- * scale and zero point for all rows. Infinities are clipped too; NaN counts as 0. "tile" panels only.
+ * scale and zero point for all rows, in either layout. Infinities are clipped too; NaN counts as 0.
  */
 #ifndef FC_QUANT_H
 #define FC_QUANT_H
@@ -34,14 +32,14 @@ enum {
     FC_INT8_ROWS = 12,       /* rows of x in a group of the "tile" layout */
     FC_INT8_COLUMNS = 32,    /* rows of the weight in a packed panel */
     FC_INT8_LANES = 16,      /* what the "lanes" layout rounds m up to */
-    FC_LANES_MAX_K = 133143, /* floor((2^31 - 1) / 127^2) */
-    FC_TILE_MAX_K = 66311,   /* floor((2^31 - 1) / (127 * 255)) */
+    FC_INT8_TILE = 64,       /* rows of x in a tile of the "lanes" layout */
+    FC_INT8_MAX_K = 66311,   /* floor((2^31 - 1) / (127 * 255)) */
 };
-#define FC_INT8_TINY 0x1p-119f /* below it half / 127 is subnormal */
+#define FC_INT8_TINY 0x1p-119f /* below it half / 127.5 is subnormal */
 
 typedef enum fc_panel_layout { FC_PANEL_TILE, FC_PANEL_LANES } fc_panel_layout;
 
-/* Bytes of a panel; m < 2^31, k up to the largest of the layout. */
+/* Bytes of a panel; m < 2^31, k up to FC_INT8_MAX_K. */
 FC_INLINE int64_t fc_codes_nbytes(int64_t m, int64_t k, fc_panel_layout layout) {
     const int64_t rows = layout == FC_PANEL_LANES ? (m + FC_INT8_LANES - 1) / FC_INT8_LANES * FC_INT8_LANES : m;
     return (k + 3) / 4 * rows * 4;
@@ -126,12 +124,18 @@ typedef struct fc_quantize_activations_args {
     fc_panel_layout layout;
     uint8_t *codes; /* fc_codes_nbytes(m, k, layout) */
     float *scales;  /* [m] */
-    int32_t *zeros; /* [m], or NULL in layout "lanes", where all are 128 */
-    int symmetric;  /* quantise rows as layout "lanes" does, whatever the layout */
+    int32_t *zeros; /* [m] */
     float scale;    /* a static one, or 0 to take each row's own */
     int zero_point; /* of the static scale */
 } fc_quantize_activations_args;
 void fc_quantize_activations(const void *args, int rank, int size);
+/* Rows first ... last of one tile of a "lanes" panel, from x[k][stride] if x_lanes, else x[last - first][stride]; the last rows
+ * of all fill up the panel. Reads no a->x. */
+void fc_quantize_tile(const fc_quantize_activations_args *a, const float *x, int64_t stride, int64_t first, int64_t last);
+/* The same with a static scale and x_lanes, at the depths depth ... end of k alone: x[end - depth][stride]. depth is a multiple of
+ * 4, and so is end unless it is k. */
+void fc_quantize_depths(const fc_quantize_activations_args *a, const float *x, int64_t stride, int64_t first, int64_t last,
+                        int64_t depth, int64_t end);
 
 /* Memory for a packed weight, 64-byte aligned, to be freed with free(); nbytes is a multiple of 64. NULL if there is none. */
 FC_HIDDEN void *fc_allocate_panels(int64_t nbytes);
@@ -158,7 +162,7 @@ typedef struct fc_linear_int8_args {
     const uint8_t *codes;                        /* a "tile" panel of [m, weight->k] */
     const float *scales;                         /* [m] */
     const int32_t *zeros;                        /* [m] */
-    const fc_packed_int8 *weight;                /* k <= FC_TILE_MAX_K */
+    const fc_packed_int8 *weight;                /* k <= FC_INT8_MAX_K */
     const float *weight_scale, *bias, *residual; /* [n], [n] or NULL, [m, n] or NULL */
     float *out;                                  /* [m, n] */
     int64_t m;

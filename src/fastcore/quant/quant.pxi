@@ -2,8 +2,7 @@
 
 cdef extern from "quant/quant.h" nogil:
     enum:
-        FC_LANES_MAX_K
-        FC_TILE_MAX_K
+        FC_INT8_MAX_K
     ctypedef enum fc_panel_layout:
         FC_PANEL_TILE
         FC_PANEL_LANES
@@ -21,7 +20,6 @@ cdef extern from "quant/quant.h" nogil:
         uint8_t *codes
         float *scales
         int32_t *zeros
-        int symmetric
         float scale
         int zero_point
     ctypedef struct fc_packed_int8:
@@ -54,11 +52,10 @@ cdef extern from "quant/quant.h" nogil:
 PANEL_LAYOUTS = {"tile": FC_PANEL_TILE, "lanes": FC_PANEL_LANES}
 
 
-cdef int check_depth(int64_t k, str layout) except -1:
+cdef int check_depth(int64_t k) except -1:
     """Refuse a k at which an int32 sum of products could overflow."""
-    cdef int64_t most = FC_LANES_MAX_K if layout == "lanes" else FC_TILE_MAX_K
-    if not 0 <= k <= most:
-        raise ValueError(f"int8 products sum at most {most} terms, got {k}")
+    if not 0 <= k <= FC_INT8_MAX_K:
+        raise ValueError(f"int8 products sum at most {FC_INT8_MAX_K} terms, got {k}")
     return 0
 
 
@@ -99,32 +96,33 @@ def codes_nbytes(int64_t m, int64_t k, str layout):
     """Return the bytes of a panel of m quantised rows of k values, in layout "tile" (dense product) or "lanes" (sparse)."""
     if layout not in PANEL_LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose tile or lanes")
-    check_depth(k, layout)
+    check_depth(k)
     if not 0 <= m < 2**31:
         raise ValueError(f"a panel holds 0 to 2**31 - 1 rows, got {m}")
     return fc_codes_nbytes(m, k, PANEL_LAYOUTS[layout])
 
 
-cdef int check_static(float scale, int zero_point, str layout) except -1:
-    """Refuse a static scale or zero point that the kernels cannot take."""
+cdef int bind_scale(fc_quantize_activations_args *args, object scale, int zero_point) except -1:
+    """Set a static scale and zero point, or None for each row's own; refuse what the kernels cannot take."""
+    args.scale, args.zero_point = 0.0, zero_point
+    if scale is None:
+        return 0
     if not 2.0**-100 <= scale <= 2.0**100 or not 0 <= zero_point <= 255:
         raise ValueError(
             f"a static scale lies within 2**-100 and 2**100, a zero point within 0 and 255; got {scale}, {zero_point}"
         )
-    if layout != "tile":
-        raise ValueError("static scales are for the dense product, layout tile")
+    args.scale = scale
     return 0
 
 
 def quantize_activations(
-    Program program not None, x, bint lanes, str layout, codes, scales, zeros=None, scale=None, int zero_point=128,
-    bint symmetric=False,
+    Program program not None, x, bint lanes, str layout, codes, scales, zeros, scale=None, int zero_point=128,
 ):
     """Append: quantise float32 x per row m (rows [M, K], or lanes [K, M] if `lanes`): a uint8 panel, scales[M], int32 zeros[M].
 
-    A code stands for (code - zero) * scale. Layout "tile" spreads the 256 codes from min(0, min x) to max(0, max x); layout
-    "lanes" is symmetric, has 128 for all zeros and needs no `zeros`; with `symmetric` "tile" has these codes too. A row of zeros
-    (or below 2^-119) has scale 1; a row with a value that is not finite has scale NaN, and so has every output computed from it.
+    A code stands for (code - zero) * scale. The 256 codes are spread from min(0, min x) to max(0, max x).
+    A row of zeros (or below 2^-119) has scale 1; a row with a value that is not finite has scale NaN, and so has every output
+    computed from it.
 
     With a static `scale`, codes = clip(round half even(x / scale) + zero_point, 0, 255), and all scales and zeros are these; NaN
     counts as 0.
@@ -136,14 +134,8 @@ def quantize_activations(
     args.codes = <uint8_t *>pointer(codes, "codes", "B", (codes_nbytes(args.m, args.k, layout),), True)
     args.scales = <float *>pointer(scales, "scales", "f", (args.m,), True)
     args.layout = PANEL_LAYOUTS[layout]
-    if zeros is None and layout == "tile":
-        raise ValueError("layout tile needs zeros")
-    args.zeros = <int32_t *>optional_pointer(zeros, "zeros", "i", (args.m,), True)
-    args.symmetric = symmetric
-    args.scale, args.zero_point = 0.0, zero_point
-    if scale is not None:
-        check_static(scale, zero_point, layout)
-        args.scale = scale
+    args.zeros = <int32_t *>pointer(zeros, "zeros", "i", (args.m,), True)
+    bind_scale(&args, scale, zero_point)
     program.add(fc_quantize_activations, &args, sizeof(args), (x, codes, scales, zeros))
 
 
@@ -167,7 +159,7 @@ def pack_int8(Weight weight not None, int threads=1):
     cdef fc_pack_int8_args args
     if weight.view.kind not in (FC_DENSE_S8, FC_BLOCKS_S8):
         raise TypeError("pack_int8 takes an int8 Weight with scales")
-    check_depth(weight.view.k, "tile")
+    check_depth(weight.view.k)
     check(fc_packed_int8_init(&result.packed, weight.view.n, weight.view.k))
     result.shape, result.nbytes = weight.shape, result.packed.nbytes
     args.weight = weight.view

@@ -7,18 +7,18 @@
 /* ---- epilogues: the constant `kind` and `integer` leave one branch-free loop over the columns ---- */
 
 FC_INLINE void finish_row(const fc_lanes_epilogue *e, int64_t row, fc_activation kind, int integer) {
-    const float *residual = e->residual ? e->residual + row * e->stride : NULL;
     const float scale = integer ? e->weight_scale[row] : 1.0f, bias = e->bias ? e->bias[row] : 0.0f;
-    const int64_t count = e->count;
+    const int64_t count = e->count, at = e->transposed ? row : row * e->stride, step = e->transposed ? e->stride : 1;
+    float *out = e->out + at;
+    const float *residual = e->residual ? e->residual + at : NULL;
     /* Through a local row, because out may be residual: a possible overlap would keep the loop from being vectorised. */
     float value[FC_LANES];
     for (int64_t i = 0; i < count; i++) {
         const float v = integer ? (float)((const int32_t *)e->sum)[row * e->width + i] * (e->scales[i] * scale)
                                 : ((const float *)e->sum)[row * e->width + i];
-        const float activated = fc_activate(kind, v + bias);
-        value[i] = residual ? activated + residual[i] : activated;
+        value[i] = fc_activate(kind, v + bias);
     }
-    memcpy(e->out + row * e->stride, value, (size_t)count * sizeof *value);
+    for (int64_t i = 0; i < count; i++) out[i * step] = residual ? value[i] + residual[i * step] : value[i];
 }
 
 FC_INLINE void finish_rows(const fc_lanes_epilogue *e, fc_activation kind, int integer) {

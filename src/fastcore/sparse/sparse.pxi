@@ -23,10 +23,14 @@ cdef extern from "sparse/sparse.h" nogil:
         int64_t m
         const float *scales
         const float *weight_scale
+        const int32_t *zeros
         const float *bias
         const float *residual
         float *out
+        int to_rows
         fc_activation activation
+        fc_quantize_activations_args codes
+        int64_t tiles
     fc_status fc_select_magnitude(const float *x, int64_t n, int64_t k, int threads, fc_selection *found)
     fc_status fc_magnitude_mask(const float *x, int64_t n, int64_t drop, int threads, uint8_t *mask)
     void fc_block_magnitudes(const void *grid, int rank, int size) noexcept
@@ -196,19 +200,23 @@ def pack_sparse(Weight weight not None, int threads=1):
 
 
 cdef int bind_epilogue(fc_sparse_linear *a, object out, object bias, object activation, object residual) except -1:
-    """Fill what both products share; a.weight and a.m are set."""
+    """Fill what both products share; a.weight, a.m and a.to_rows are set."""
+    cdef tuple shape = (a.m, a.weight.n) if a.to_rows else (a.weight.n, a.m)
     a.activation = activation_of(activation)
-    a.out = <float *>pointer(out, "out", "f", (a.weight.n, a.m), True)
+    a.out = <float *>pointer(out, "out", "f", shape, True)
     a.bias = <const float *>optional_pointer(bias, "bias", "f", (a.weight.n,))
-    a.residual = <const float *>optional_pointer(residual, "residual", "f", (a.weight.n, a.m))
+    a.residual = <const float *>optional_pointer(residual, "residual", "f", shape)
     return 0
 
 
 def sparse_linear(
     Program program not None, object x not None, object weight not None, object out not None, object bias, object activation,
-    object residual,
+    object residual, bint to_rows=False,
 ):
-    """Append out[N, M] = activation(weight[N, K] @ x[K, M] + bias) + residual; out may be residual, must not overlap x."""
+    """Append out[N, M] = activation(weight[N, K] @ x[K, M] + bias) + residual; out may be residual, must not overlap x.
+
+    With `to_rows`, out and residual are [M, N].
+    """
     cdef fc_sparse_linear a
     cdef PackedBlocks packed = weight if isinstance(weight, PackedBlocks) else PackedBlocks(weight)
     if packed.view.kind != FC_BLOCKS_F32:
@@ -216,25 +224,67 @@ def sparse_linear(
     memset(&a, 0, sizeof(a))
     a.weight, a.cuts = packed.view, packed.cuts
     a.x = pointer(x, "x", "f", (packed.view.k, None))
-    a.m = x.shape[1]
+    a.m, a.to_rows = x.shape[1], to_rows
     bind_epilogue(&a, out, bias, activation, residual)
     program.add(fc_sparse_linear_run, &a, sizeof(a), (x, packed, out, bias, residual))
 
 
 def sparse_linear_int8(
     Program program not None, object codes not None, object scales not None, int64_t m, PackedBlocks weight not None,
-    object weight_scale not None, object out not None, object bias, object activation, object residual,
+    object weight_scale not None, object out not None, object bias, object activation, object residual, object zeros=None,
+    bint to_rows=False,
 ):
-    """Append the same product from a "lanes" panel of codes, uint8 [K / 4][m rounded up to 16][4], with scales[m]."""
+    """Append the same product from a "lanes" panel of codes, uint8, with scales[m].
+
+    A code stands for (code - zeros[m]) * scales[m]; without `zeros` (int32) all are 128. With `to_rows`, out and residual are
+    [M, N].
+    """
     cdef fc_sparse_linear a
     if weight.view.kind != FC_BLOCKS_S8:
         raise ValueError("weight: expected int8 blocks, got float32")
     if m < 0:
         raise ValueError(f"m: expected at least 0, got {m}")
     memset(&a, 0, sizeof(a))
-    a.weight, a.cuts, a.sums, a.m = weight.view, weight.cuts, weight.sums, m
+    a.weight, a.cuts, a.sums, a.m, a.to_rows = weight.view, weight.cuts, weight.sums, m, to_rows
     a.x = pointer(codes, "codes", "B", (weight.view.k * ((m + 15) // 16 * 16),))
     a.scales = <const float *>pointer(scales, "scales", "f", (m,))
     a.weight_scale = <const float *>pointer(weight_scale, "weight_scale", "f", (weight.view.n,))
+    a.zeros = <const int32_t *>optional_pointer(zeros, "zeros", "i", (m,))
+    if zeros is not None:
+        check_depth(weight.view.k)  # codes reach 255 from a zero point, not 127
     bind_epilogue(&a, out, bias, activation, residual)
-    program.add(fc_sparse_linear_run, &a, sizeof(a), (codes, scales, weight, weight_scale, out, bias, residual))
+    program.add(fc_sparse_linear_run, &a, sizeof(a), (codes, scales, weight, weight_scale, out, bias, residual, zeros))
+
+
+def sparse_linear_to_codes(
+    Program program not None, object codes not None, object scales not None, object zeros not None, int64_t m,
+    PackedBlocks weight not None, object weight_scale not None, object bias, object activation, object out_codes not None,
+    object out_scales not None, object out_zeros not None, object scratch not None, object scale=None, int zero_point=128,
+):
+    """Append activation(weight[N, K] @ x + bias) quantised as quantize_activations does it, from one "lanes" panel to another.
+
+    `scratch`, uint8, holds 256 * N bytes for each thread: with less, fewer work.
+    """
+    cdef fc_sparse_linear a
+    cdef int64_t n = weight.view.n
+    if weight.view.kind != FC_BLOCKS_S8:
+        raise ValueError("weight: expected int8 blocks, got float32")
+    memset(&a, 0, sizeof(a))
+    a.weight, a.cuts, a.sums, a.m = weight.view, weight.cuts, weight.sums, m
+    a.x = pointer(codes, "codes", "B", (codes_nbytes(m, weight.view.k, "lanes"),))
+    a.scales = <const float *>pointer(scales, "scales", "f", (m,))
+    a.zeros = <const int32_t *>pointer(zeros, "zeros", "i", (m,))
+    a.weight_scale = <const float *>pointer(weight_scale, "weight_scale", "f", (n,))
+    a.activation = activation_of(activation)
+    a.bias = <const float *>optional_pointer(bias, "bias", "f", (n,))
+    a.out = <float *>pointer(scratch, "scratch", "B", (None,), True)
+    a.tiles = len(scratch) // (256 * n) if n else 1
+    if a.tiles < 1:
+        raise ValueError(f"scratch: expected at least {256 * n} bytes, got {len(scratch)}")
+    a.codes.m, a.codes.k, a.codes.x_lanes, a.codes.layout = m, n, True, FC_PANEL_LANES
+    a.codes.codes = <uint8_t *>pointer(out_codes, "out_codes", "B", (codes_nbytes(m, n, "lanes"),), True)
+    a.codes.scales = <float *>pointer(out_scales, "out_scales", "f", (m,), True)
+    a.codes.zeros = <int32_t *>pointer(out_zeros, "out_zeros", "i", (m,), True)
+    bind_scale(&a.codes, scale, zero_point)
+    held = (codes, scales, zeros, weight, weight_scale, bias, out_codes, out_scales, out_zeros, scratch)
+    program.add(fc_sparse_linear_run, &a, sizeof(a), held)

@@ -6,6 +6,7 @@ that pass through exp lose what is below the smallest normal number (TINY).
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -254,6 +255,23 @@ class Normalised:
         mean_error = EPS * (self.depth + 1) * np.abs(x).sum(1, keepdims=True) / n
         self.inverse_error = 0.5 * ((self.depth + 6) * EPS + mean_error**2 / variance) + 2 * EPS
         self.h_error = self.inverse * (mean_error + EPS * np.abs(x - mean)) + np.abs(self.h) * (self.inverse_error + 2 * EPS)
+
+
+def lanes_of(case):
+    """The same rows side by side."""
+
+    def append(program, i, o):
+        _core.layer_norm(program, np.ascontiguousarray(i["x"].T), i["gamma"], i["beta"], EPSILON, o["out"], True)
+
+    return replace(
+        case,
+        name="layer_norm-lanes",
+        slots=("layer_norm_lanes_f32",),
+        outputs=lambda i: {"out": (i["x"].shape[::-1], np.float32)},
+        run=runner(append),
+        oracle=lambda i: {"out": case.oracle(i)["out"].T},
+        bound=lambda i, wanted: {"out": case.bound(i, {"out": wanted["out"].T})["out"].T},
+    )
 
 
 def layer_norm_case(affine):
@@ -602,6 +620,7 @@ CASES: list[Case] = [
     COLUMN_SUM,
     layer_norm_case(True),
     layer_norm_case(False),
+    lanes_of(layer_norm_case(True)),
     LAYER_NORM_GRAD,
     SOFTMAX,
     SOFTMAX_GRAD,

@@ -29,13 +29,12 @@ def largest_magnitude(x):
     return np.abs(x).max(1, initial=0).astype(np.float32)
 
 
-def quantized_rows(x, layout="tile"):
+def quantized_rows(x):
     """Return (bytes [M, K], scales [M], zero points [M]); a value that has no code is the byte 0."""
     low, high = x.min(1, initial=0), x.max(1, initial=0)
     with np.errstate(invalid="ignore"):
-        half = np.float32(0.5) * high - np.float32(0.5) * low if layout == "tile" else largest_magnitude(x)
-        scale, inverse = row_scales(half, 127.5 if layout == "tile" else 127.0)
-        zeros = np.where(inverse == 0, 128, np.rint(-low * inverse)) if layout == "tile" else np.full(len(x), 128)
+        scale, inverse = row_scales(np.float32(0.5) * high - np.float32(0.5) * low, 127.5)
+        zeros = np.where(inverse == 0, 128, np.rint(-low * inverse))
         q = np.rint(x * inverse[:, None])
     codes = np.where(np.isnan(q), 0, np.clip(np.nan_to_num(q) + zeros[:, None], 0, 255))
     return codes.astype(np.uint8), scale, zeros.astype(np.int32)
@@ -56,9 +55,8 @@ def panel(codes, zeros, layout):
     padded[:m] = zeros[:, None]
     padded[:m, :k] = codes
     dwords = padded.reshape(len(padded), k4, 4).transpose(1, 0, 2)
-    if layout == "lanes":
-        return dwords.reshape(-1).copy()
-    groups = [dwords[:, first : min(first + 12, m)].reshape(-1) for first in range(0, m, 12)]
+    rows, step = (len(padded), 64) if layout == "lanes" else (m, 12)
+    groups = [dwords[:, first : min(first + step, rows)].reshape(-1) for first in range(0, rows, step)]
     return np.concatenate(groups) if groups else np.empty(0, np.uint8)
 
 
@@ -109,16 +107,14 @@ def activation_case(name, lanes, layout, bench=()):
         program.run(threads)
 
     def oracle(inputs):
-        codes, scales, zeros = quantized_rows(inputs["x"].T if lanes else inputs["x"], layout)
-        answer = {"codes": panel(codes, zeros, layout), "scales": scales}
-        return answer | ({"zeros": zeros} if layout == "tile" else {})
+        codes, scales, zeros = quantized_rows(inputs["x"].T if lanes else inputs["x"])
+        return {"codes": panel(codes, zeros, layout), "scales": scales, "zeros": zeros}
 
     def outputs(inputs):
         m, k = inputs["x"].shape[::-1] if lanes else inputs["x"].shape
         k4 = -(-k // 4) * 4
         nbytes = -(-m // 16) * 16 * k4 if layout == "lanes" else m * k4
-        made = {"codes": ((nbytes,), np.uint8), "scales": ((m,), np.float32)}
-        return made | ({"zeros": ((m,), np.int32)} if layout == "tile" else {})
+        return {"codes": ((nbytes,), np.uint8), "scales": ((m,), np.float32), "zeros": ((m,), np.int32)}
 
     def inputs(rng, size):
         x = hostile_rows(rng, *size)
@@ -148,21 +144,22 @@ def static_codes(x, scale, zero_point):
         return np.clip(np.rint(np.nan_to_num(x / scale, nan=0.0)).astype(np.float64) + zero_point, 0, 255).astype(np.uint8)
 
 
-def static_case(name, lanes, bench=()):
+def static_case(name, lanes, layout="tile", bench=()):
     def run(inputs, outputs, threads):
         program = _core.Program()
         panels = outputs["codes"], outputs["scales"], outputs["zeros"]
-        _core.quantize_activations(program, inputs["x"], lanes, "tile", *panels, float(inputs["scale"]), inputs["zero_point"])
+        _core.quantize_activations(program, inputs["x"], lanes, layout, *panels, float(inputs["scale"]), inputs["zero_point"])
         program.run(threads)
 
     def oracle(inputs):
         codes = static_codes(inputs["x"].T if lanes else inputs["x"], inputs["scale"], inputs["zero_point"])
         zeros = np.full(len(codes), inputs["zero_point"], np.int32)
-        return {"codes": panel(codes, zeros, "tile"), "scales": np.full(len(codes), inputs["scale"], np.float32), "zeros": zeros}
+        return {"codes": panel(codes, zeros, layout), "scales": np.full(len(codes), inputs["scale"], np.float32), "zeros": zeros}
 
     def outputs(inputs):
         m, k = inputs["x"].shape[::-1] if lanes else inputs["x"].shape
-        return {"codes": ((m * (-(-k // 4) * 4),), np.uint8), "scales": ((m,), np.float32), "zeros": ((m,), np.int32)}
+        nbytes = (-(-m // 16) * 16 if layout == "lanes" else m) * (-(-k // 4) * 4)
+        return {"codes": ((nbytes,), np.uint8), "scales": ((m,), np.float32), "zeros": ((m,), np.int32)}
 
     def inputs(rng, size):
         m, k = size
@@ -365,6 +362,8 @@ CASES: list[Case] = [
     activation_case("quantize_lanes_to_lanes", True, "lanes", bench=((128, 768), (512, 768))),
     static_case("quantize_static_rows", False, bench=((128, 768),)),
     static_case("quantize_static_lanes", True),
+    static_case("quantize_static_rows_to_lanes", False, "lanes"),
+    static_case("quantize_static_lanes_to_lanes", True, "lanes"),
     product_case(
         "linear_int8",
         bench=((128, 3072, 768), (512, 768, 3072), (128, 1536, 384), (128, 384, 1536), (16, 3072, 768), (1, 3072, 768)),

@@ -161,7 +161,8 @@ def reference_activation(kind, x):
     if kind == "gelu":
         return 0.5 * x * (1.0 + np.vectorize(erf, otypes=[float])(x / np.sqrt(2.0)))
     if kind == "silu":
-        return x / (1.0 + np.exp(-x))
+        with np.errstate(over="ignore"):
+            return x / (1.0 + np.exp(-x))
     if kind == "tanh":
         return np.tanh(x)
     return x
@@ -178,13 +179,15 @@ def draw_product(rng, size):
         "row_offsets": offsets,
         "index": index,
         "bias": rng.standard_normal(n).astype(np.float32) if extras else None,
-        "residual": rng.standard_normal((n, m)).astype(np.float32) if extras else None,
+        "to_rows": (to_rows := bool(m // 2 % 2)),
+        "residual": rng.standard_normal((m, n) if to_rows else (n, m)).astype(np.float32) if extras else None,
         "activation": (None, "relu", "gelu", "silu", "tanh")[number],
     }
 
 
 def product_outputs(inputs):
-    return {"out": ((inputs["shape"][0], inputs["m"]), np.float32)}
+    shape = (inputs["shape"][0], inputs["m"])
+    return {"out": (shape[::-1] if inputs["to_rows"] else shape, np.float32)}
 
 
 def finish(inputs, total, error):
@@ -195,6 +198,8 @@ def finish(inputs, total, error):
     result = reference_activation(inputs["activation"], total)
     # The slope of every activation is below 1.13, and each is held to 4e-7 of its argument by its own tests.
     error = 1.13 * error + (4e-7 * (np.abs(total) + error) + 1e-30 if inputs["activation"] not in (None, "relu") else 0.0)
+    if inputs["to_rows"]:
+        result, error = result.T, error.T
     if inputs["residual"] is not None:
         result = result + inputs["residual"]
         error = error + EPSILON * (np.abs(result) + error)
@@ -216,7 +221,8 @@ def f32_bind(inputs, outputs):
     program = _core.Program()
     weight = f32_weight(inputs)
     packed = weight if inputs["m"] % 2 else _core.pack_sparse(weight)
-    _core.sparse_linear(program, inputs["x"], packed, outputs["out"], inputs["bias"], inputs["activation"], inputs["residual"])
+    extras = (inputs["bias"], inputs["activation"], inputs["residual"], inputs["to_rows"])
+    _core.sparse_linear(program, inputs["x"], packed, outputs["out"], *extras)
     return program
 
 
@@ -273,7 +279,7 @@ F32 = Case(
 
 
 def lanes_panel(x):
-    """Quantise float32 x[K, M] per column: (codes [K / 4][M to 16][4] as one flat panel of q + 128, scales[M])."""
+    """Quantise float32 x[K, M] per column: (codes q + 128 as [K / 4][M to 16][4], scales[M])."""
     k, m = x.shape
     scales = np.abs(x).max(axis=0, initial=0.0) / np.float32(127)
     scales = np.where(scales == 0, 1, scales).astype(np.float32)
@@ -281,7 +287,12 @@ def lanes_panel(x):
     codes = np.rint(np.clip(x / scales, -127, 127)).astype(np.int64) + 128
     for row in range(k):
         panel[row // 4, :m, row % 4] = codes[row]
-    return panel.reshape(-1), scales
+    return panel, scales
+
+
+def flat_panel(panel):
+    """Lay codes [K / 4][M to 16][4] out in tiles of 64 columns, as the kernels read them."""
+    return np.concatenate([np.zeros(0, np.uint8), *(panel[:, m : m + 64].reshape(-1) for m in range(0, panel.shape[1], 64))])
 
 
 def int8_inputs(rng, size):
@@ -292,8 +303,12 @@ def int8_inputs(rng, size):
     x = rng.standard_normal((k, m)).astype(np.float32)
     x[:, ::3] = np.sign(x[:, ::3])
     codes, scales = lanes_panel(x)
+    zeros = None
+    if size[6] % 2:  # asymmetric: every code has a meaning
+        codes, zeros = rng.integers(0, 256, codes.shape).astype(np.uint8), rng.integers(0, 256, m).astype(np.int32)
+        codes[:, ::5], zeros[1::2] = 255, 0
     weight_scale = rng.uniform(1e-3, 1e-2, n).astype(np.float32)
-    return {**drawn, "values": values, "codes": codes, "scales": scales, "weight_scale": weight_scale}
+    return {**drawn, "values": values, "codes": codes, "scales": scales, "zeros": zeros, "weight_scale": weight_scale}
 
 
 def int8_bind(inputs, outputs):
@@ -302,7 +317,7 @@ def int8_bind(inputs, outputs):
     weight = _core.Weight(inputs["values"], inputs["shape"], scale, inputs["row_offsets"], inputs["index"])
     _core.sparse_linear_int8(
         program,
-        inputs["codes"],
+        flat_panel(inputs["codes"]),
         inputs["scales"],
         inputs["m"],
         _core.pack_sparse(weight),
@@ -311,6 +326,8 @@ def int8_bind(inputs, outputs):
         inputs["bias"],
         inputs["activation"],
         inputs["residual"],
+        inputs["zeros"],
+        inputs["to_rows"],
     )
     return program
 
@@ -318,7 +335,8 @@ def int8_bind(inputs, outputs):
 def int8_answer(inputs):
     m, (n, k) = inputs["m"], inputs["shape"]
     weight = expand(inputs["values"], inputs["row_offsets"], inputs["index"], n, k)
-    q = inputs["codes"].reshape(k // 4, -(-m // 16) * 16, 4)[:, :m].transpose(0, 2, 1).reshape(k, m).astype(np.float64) - 128
+    q = inputs["codes"][:, :m].transpose(0, 2, 1).reshape(k, m).astype(np.float64)
+    q -= 128 if inputs["zeros"] is None else inputs["zeros"]
     total = (weight @ q) * (inputs["scales"].astype(np.float64) * inputs["weight_scale"].astype(np.float64)[:, None])
     # three roundings: of the int32 sum, of the product of the scales, and of their product
     return finish(inputs, total, 3.001 * EPSILON * np.abs(total))

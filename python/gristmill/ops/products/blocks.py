@@ -1,11 +1,16 @@
 """Products with the stored blocks of a sparse weight alone, rows of activations side by side in vector lanes."""
 
 from dataclasses import dataclass
+from math import ceil, prod
+
+import numpy as np
 
 from gristmill import _core
 from gristmill.ops.op import Binder, Node
-from gristmill.ops.products.product import Product, epilogue, matrices, results, static_scale
+from gristmill.ops.products.product import Product, Size, epilogue, results, rows_of, static_scale
 from gristmill.tensor import Sparse, Tensor
+
+LANES, VECTOR, PANEL = 64, 16, 128  # rows of a tile and of a vector; dwords of k in a K block
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,21 @@ class Blocks(Product):
     def takes(self, node: Node, binder: Binder) -> bool:
         tensor = binder.tensor(node.inputs[1])
         own = isinstance(tensor, Sparse) and tensor.block == self.block and tensor.values.dtype == self.dtype
-        return own and static_scale(node) is None
+        return own and (self.dtype == "int8" or static_scale(node) is None)
+
+    def example(self, n: int, k: int, share: float, seed: int) -> Tensor:
+        rng, (rows, columns) = np.random.default_rng(seed), self.block
+        mask = rng.random((n // rows, k // columns)) < share
+        tensor = Sparse.from_dense(rng.standard_normal((n, k), np.float32), mask, self.block)
+        return tensor.quantized() if self.dtype == "int8" else tensor
+
+    def work(self, size: Size) -> tuple[float, ...]:
+        """A call; blocks and multiplications in tiles of 64 rows, which are padded to 16 lanes; epilogues, panels, and the walk
+        over row groups in each K block."""
+        tiles, vectors = ceil(size.m / LANES), ceil(size.m / VECTOR)
+        blocks, groups = size.stored / prod(self.block), size.n / self.block[0]
+        walks = groups * ceil(size.k / (PANEL if self.dtype == "float32" else 4 * PANEL)) * tiles
+        return 1.0, blocks * tiles, size.stored * vectors, size.n * vectors, size.k * vectors, walks
 
 
 @dataclass(frozen=True)
@@ -26,9 +45,11 @@ class BlocksFloat(Blocks):
     """float32 blocks."""
 
     def bind(self, node: Node, binder: Binder) -> None:
-        x, residual, out = matrices(node, binder, "lanes")
+        layout = binder.wanted(node.outputs[0])
+        x = binder.lanes(node.inputs[0])
+        residual, out = results(node, binder, layout)
         packed = binder.packed(node.inputs[1], _core.pack_sparse)
-        binder.step(_core.sparse_linear, x, packed, out, *epilogue(node, binder, residual))
+        binder.step(_core.sparse_linear, x, packed, out, *epilogue(node, binder, residual), layout == "rows")
 
     def nbytes(self, tensor: Tensor, m: int) -> int:
         return blocks_nbytes(tensor) + 4 * m * tensor.shape[1]
@@ -39,14 +60,33 @@ class BlocksInt8(Blocks):
     """int8 blocks against a panel of codes."""
 
     def bind(self, node: Node, binder: Binder) -> None:
-        weight = node.inputs[1]
-        codes, scales, _, m = binder.codes(node.inputs[0], "lanes")
-        residual, out = results(node, binder, "lanes")
+        weight, name = node.inputs[1], node.outputs[0]
+        codes, scales, zeros, m = binder.codes(node.inputs[0], "lanes", static_scale(node))
         packed, scale = binder.packed(weight, _core.pack_sparse), binder.scale(weight)
-        binder.step(_core.sparse_linear_int8, codes, scales, m, packed, scale, out, *epilogue(node, binder, residual))
+        product = (codes, scales, zeros, m, packed, scale)
+        wanted = None if node.input(3) or not has_tiles(node, binder) else binder.codes_alone(name)
+        if wanted is not None and wanted[0] == "lanes":
+            panel, static = binder.panel(name, *wanted), wanted[1]
+            scratch = binder.scratch(4 * TILE * binder.tensor(weight).shape[0] * binder.threads)
+            bias, activation, _ = epilogue(node, binder, None)
+            binder.step(_core.sparse_linear_to_codes, *product, bias, activation, *panel, scratch, *(static or ()))
+            return
+        layout = binder.wanted(name)
+        residual, out = results(node, binder, layout)
+        extras = (out, *epilogue(node, binder, residual), zeros, layout == "rows")
+        binder.step(_core.sparse_linear_int8, codes, scales, m, packed, scale, *extras)
 
     def nbytes(self, tensor: Tensor, m: int) -> int:
         return blocks_nbytes(tensor) + m * tensor.shape[1]
+
+
+TILE = 64  # rows that a product takes at a time
+
+
+def has_tiles(node: Node, binder: Binder) -> bool:
+    """Whether every thread has a tile of the result to make; few rows are shared out otherwise."""
+    tiles = -(-rows_of(node, binder) // TILE)
+    return tiles % binder.threads == 0 or tiles >= 8 * binder.threads
 
 
 def blocks_nbytes(tensor: Tensor) -> int:
@@ -57,6 +97,12 @@ def blocks_nbytes(tensor: Tensor) -> int:
 
 
 PRODUCTS: tuple[Product, ...] = (
-    *(BlocksFloat(f"blocks {r}x{c} float32", "lanes", (r, c), "float32") for r, c in ((1, 1), (1, 4), (2, 4), (4, 4))),
-    *(BlocksInt8(f"blocks {r}x{c} int8", "lanes codes", (r, c), "int8") for r, c in ((1, 4), (2, 4), (4, 4))),
+    *(
+        BlocksFloat(f"blocks {r}x{c} float32", "lanes", (r, c), "float32", out="either", form=f"{r}x{c} float32")
+        for r, c in ((1, 1), (1, 4), (2, 4), (4, 4))
+    ),
+    *(
+        BlocksInt8(f"blocks {r}x{c} int8", "lanes codes", (r, c), "int8", out="either", form=f"{r}x{c} int8")
+        for r, c in ((1, 4), (2, 4), (4, 4))
+    ),
 )
