@@ -201,7 +201,7 @@ class Layout:
         self.panels[name, layout, static] = codes, Buffer((m,), np.float32), Buffer((m,), np.int32)
         return self.panels[name, layout, static]
 
-    def groups(self, name: str, group: int) -> tuple[Buffer, Buffer, Buffer, int]:
+    def grouped_codes(self, name: str, group: int) -> tuple[Buffer, Buffer, Buffer, int]:
         """A value quantised to int8 with a scale for each group of a row: codes, scales, offsets and the number of rows.
 
         Made once and shared.

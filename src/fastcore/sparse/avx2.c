@@ -1,7 +1,7 @@
-/* AVX2 and FMA: magnitudes, and products in blocks with lanes along M.
+/* AVX2 and FMA: products in blocks with lanes along M.
  *
- * Products: a tile is cut into slices of at most eight registers of sums. fp32: broadcast and FMA, bound by the load ports. int8:
- * codes and weights are split into their even and their odd bytes as 16-bit numbers, which vpmaddwd multiplies and adds without
+ * A tile is cut into slices of at most eight registers of sums. fp32: broadcast and FMA, bound by the load ports. int8: codes and
+ * weights are split into their even and their odd bytes as 16-bit numbers, which vpmaddwd multiplies and adds without
  * saturation; two of them per 32 multiplications bind.
  */
 #include "body.h"
@@ -9,76 +9,6 @@
 #ifdef FC_X86
 FC_TARGET_AVX2
 #include "narrow_f32.h"
-
-FC_INLINE uint32_t magnitude(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits & 0x7fffffffu;
-}
-
-FC_INLINE __m256i magnitudes(const float *x) {
-    return _mm256_and_si256(_mm256_loadu_si256((const __m256i *)x), _mm256_set1_epi32(0x7fffffff));
-}
-
-FC_INLINE uint32_t lanes_of(__m256i comparison) { return (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(comparison)); }
-
-static void count_magnitudes_f32_avx2(const float *x, int64_t n, uint32_t low, int shift, int64_t buckets,
-                                      fc_magnitude_counts *counts) {
-    /* Magnitudes are below 1 << 31, so signed comparisons order them; low and the window's end fit likewise. */
-    const __m256i infinity = _mm256_set1_epi32(0x7f800000), lows = _mm256_set1_epi32((int)low);
-    const uint32_t last = (uint32_t)(low + ((uint64_t)buckets << shift) - 1);
-    const __m256i lasts = _mm256_set1_epi32((int)last);
-    __m256i nan = _mm256_setzero_si256();
-    int64_t i = 0, below = 0;
-    for (; i + 8 <= n; i += 8) {
-        const __m256i bits = magnitudes(x + i), under = _mm256_cmpgt_epi32(lows, bits), over = _mm256_cmpgt_epi32(bits, lasts);
-        nan = _mm256_or_si256(nan, _mm256_cmpgt_epi32(bits, infinity));
-        below += __builtin_popcount(lanes_of(under));
-        for (uint32_t inside = ~lanes_of(_mm256_or_si256(under, over)) & 0xff; inside; inside &= inside - 1)
-            counts->buckets[(magnitude(x[i + __builtin_ctz(inside)]) - low) >> shift]++;
-    }
-    counts->below += below;
-    counts->nan += lanes_of(nan) != 0;
-    for (; i < n; i++) {
-        const uint32_t bits = magnitude(x[i]);
-        counts->nan += bits > 0x7f800000u;
-        counts->below += bits < low;
-        if (bits >= low && bits <= last) counts->buckets[(bits - low) >> shift]++;
-    }
-}
-
-static int64_t mask_magnitudes_f32_avx2(const float *x, int64_t n, uint32_t threshold, int64_t drop, uint8_t *mask) {
-    const __m256i thresholds = _mm256_set1_epi32((int)threshold), one = _mm256_set1_epi8(1);
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* undoes the packs, which work within halves */
-    int64_t i = 0;
-    while (i + 32 <= n) {
-        __m256i under[4], equal = _mm256_setzero_si256();
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            const __m256i bits = magnitudes(x + i + 8 * j);
-            under[j] = _mm256_cmpgt_epi32(thresholds, bits);
-            equal = _mm256_or_si256(equal, _mm256_cmpeq_epi32(thresholds, bits));
-        }
-        const __m256i words = _mm256_packs_epi32(under[0], under[1]), more = _mm256_packs_epi32(under[2], under[3]);
-        const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words, more), order);
-        _mm256_storeu_si256((__m256i *)(mask + i), _mm256_andnot_si256(bytes, one));
-        if (drop > 0 && lanes_of(equal))
-            for (int64_t j = i; j < i + 32 && drop > 0; j++)
-                if (magnitude(x[j]) == threshold) mask[j] = 0, drop--;
-        i += 32;
-    }
-    for (; i < n; i++) {
-        const uint32_t bits = magnitude(x[i]);
-        const int dropped = bits == threshold && drop > 0;
-        mask[i] = bits >= threshold && !dropped;
-        drop -= dropped;
-    }
-    return drop;
-}
-
-static void sum_block_squares_f32_avx2(const float *weight, int64_t columns, int64_t block_rows, int64_t block_cols, float *out) {
-    sum_block_squares(weight, columns, block_rows, block_cols, out);
-}
 
 /* ---- fp32: R x C blocks, V registers (8 columns each) from `offset` on, G row groups side by side ---- */
 
@@ -221,9 +151,6 @@ static void finish_lanes_s32_avx2(const fc_lanes_epilogue *epilogue) { finish_la
 FC_TARGET_END
 
 void fc_sparse_install_avx2(fc_table *table) {
-    FC_INSTALL(table, count_magnitudes_f32, avx2);
-    FC_INSTALL(table, mask_magnitudes_f32, avx2);
-    FC_INSTALL(table, sum_block_squares_f32, avx2);
     FC_INSTALL(table, multiply_blocks_f32, avx2);
     FC_INSTALL(table, multiply_blocks_u8_s8, avx2);
     FC_INSTALL(table, finish_lanes_f32, avx2);

@@ -1,4 +1,4 @@
-/* The sparse family: pruning masks by magnitude, weights in small blocks, and products with them.
+/* The sparse family: weights in small blocks, and products with them.
  *
  * A block weight is read in its canonical form (weight.h): values and index are what the kernels want, so packing adds only where
  * the blocks of each row group fall among the K blocks of the loop, and the row sums of an int8 weight.
@@ -19,27 +19,6 @@ enum {
     FC_L2_PANEL_ROWS = 1024, /* the same where a panel in L2 does: 256 KiB */
     FC_TILE_ROWS = 512,      /* weight rows whose accumulators (128 KiB) live on the stack at once */
 };
-
-/* ---- magnitudes: the bits of a float32 with the sign cleared, which order as the numbers do ---- */
-
-typedef struct fc_magnitude_counts {
-    int64_t below, nan;
-    int64_t *buckets;
-} fc_magnitude_counts;
-
-/* Add to `counts` what x[n] holds: below low, NaN, and in each of `buckets` buckets of 1 << shift magnitudes from low on.
- * x of any alignment; low + (buckets << shift) <= 1 << 31. Exact. */
-typedef void fc_count_magnitudes_f32_fn(const float *x, int64_t n, uint32_t low, int shift, int64_t buckets,
-                                        fc_magnitude_counts *counts);
-
-/* mask[n] = 1 where the magnitude of x exceeds `threshold`, 0 where it is below; of those equal to it the first `drop` become 0,
- * the rest 1. Any alignment, no overlap. Returns how many of `drop` are left. Exact. */
-typedef int64_t fc_mask_magnitudes_f32_fn(const float *x, int64_t n, uint32_t threshold, int64_t drop, uint8_t *mask);
-
-/* out[columns] = the sum of squares of each block of block_rows x block_cols in weight[block_rows][columns * block_cols].
- * Blocks of four columns pair them, (0 + 1) + (2 + 3); else columns and rows add up in order. No fused operations: exact. */
-typedef void fc_sum_block_squares_f32_fn(const float *weight, int64_t columns, int64_t block_rows, int64_t block_cols,
-                                         float *out);
 
 /* ---- products, lanes along M ---- */
 
@@ -84,32 +63,10 @@ typedef void fc_finish_lanes_f32_fn(const fc_lanes_epilogue *epilogue);
  */
 typedef void fc_finish_lanes_s32_fn(const fc_lanes_epilogue *epilogue);
 
-#define FC_SPARSE_SLOTS(SLOT)                                                                                                    \
-    SLOT(count_magnitudes_f32)                                                                                                   \
-    SLOT(mask_magnitudes_f32)                                                                                                    \
-    SLOT(sum_block_squares_f32)                                                                                                  \
-    SLOT(multiply_blocks_f32) SLOT(multiply_blocks_u8_s8) SLOT(finish_lanes_f32) SLOT(finish_lanes_s32)
+#define FC_SPARSE_SLOTS(SLOT) SLOT(multiply_blocks_f32) SLOT(multiply_blocks_u8_s8) SLOT(finish_lanes_f32) SLOT(finish_lanes_s32)
 #define FC_SPARSE_TUNING
 
 /* ---- drivers ---- */
-
-/* The k-th smallest magnitude (k from 1): its bits, how many are below it and how many equal it. */
-typedef struct fc_selection {
-    uint32_t bits;
-    int64_t below, equal;
-} fc_selection;
-
-/* FC_BAD_ARGUMENT if x holds a NaN. 1 <= k <= n. */
-fc_status fc_select_magnitude(const float *x, int64_t n, int64_t k, int threads, fc_selection *found);
-/* Exactly `drop` zeros, 0 <= drop <= n; ties go by lowest index. FC_BAD_ARGUMENT if x holds a NaN. */
-fc_status fc_magnitude_mask(const float *x, int64_t n, int64_t drop, int threads, uint8_t *mask);
-
-typedef struct fc_block_grid {
-    const float *weight; /* [n][k] */
-    int64_t n, k, block_rows, block_cols;
-    float *out; /* [n / block_rows][k / block_cols] */
-} fc_block_grid;
-void fc_block_magnitudes(const void *grid, int rank, int size);
 
 /* Check row_offsets and index of a block weight before any kernel follows them. */
 fc_status fc_blocks_validate(const fc_weight *weight, int64_t blocks);

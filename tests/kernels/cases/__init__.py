@@ -1,6 +1,6 @@
 """The registry of kernel cases: one file per family, one line here."""
 
-from kernels.cases import aggregate, attention, dense, int4, nn, quant, sparse, text, vision
+from kernels.cases import aggregate, attention, dense, int4, nn, prune, quant, sparse, text, vision
 
 CASES = [
     *aggregate.CASES,
@@ -8,6 +8,7 @@ CASES = [
     *dense.CASES,
     *int4.CASES,
     *nn.CASES,
+    *prune.CASES,
     *quant.CASES,
     *sparse.CASES,
     *text.CASES,
