@@ -1,6 +1,7 @@
 """y[1, n] = x[1, k] @ W[n, k].T with 4-bit weights in groups: what generating one token after the other is made of.
 
-Several weights take turns, more than the caches hold together, so that each is read from memory; a call returns the seconds of one.
+Several weights take turns, more than the caches hold together, so that each is read from memory; a call returns the seconds
+of one.
 """
 
 import ctypes

@@ -32,7 +32,6 @@ class GroupsInt4(Product):
     def nbytes(self, tensor: Tensor, m: int) -> int:
         return tensor.nbytes + m * tensor.shape[1]
 
-
     def example(self, n: int, k: int, share: float, seed: int) -> Tensor:
         return Int4.from_dense(normal(n, k, seed))
 
