@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -44,7 +44,7 @@ def table(result: Mapping[str, object]) -> str:
     return "\n".join([*lines, *[f"\n{label}: {reason}" for label, reason in result["failed"].items()]])
 
 
-def main(description: str, contests: Iterable[Contest], name: str) -> None:
+def main(description: str, contests: Iterable[Contest], name: str, show: Callable[[Mapping[str, object]], str] = table) -> None:
     """Run contests, print a table after each, and write everything to results/<name>.json."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--only", default="", help="run the contests whose title contains this")
@@ -57,7 +57,7 @@ def main(description: str, contests: Iterable[Contest], name: str) -> None:
         if arguments.only not in each.title or arguments.threads not in (None, each.threads):
             continue
         result = {**race(each, locks=arguments.lock), "machine": machine(PACKAGES), "date": time.strftime("%Y-%m-%d")}
-        print(table(result), end="\n\n", flush=True)
+        print(show(result), end="\n\n", flush=True)
         RESULTS.mkdir(exist_ok=True)
         key = (result["title"], result["threads"])
         done = [old for old in done if (old["title"], old["threads"]) != key] + [result]

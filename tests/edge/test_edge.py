@@ -27,10 +27,11 @@ def models(data):
         "sparse": gm.compress(dense, [gm.Prune(0.75)])[0],
         "int8": gm.compress(dense, [gm.Quantize()])[0],
         "sparse int8": gm.compress(dense, [gm.Prune(0.75), gm.Quantize()])[0],
+        "int4": gm.compress(dense, [gm.Quantize("int4")])[0],
     }
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse", "int8", "sparse int8"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "int8", "sparse int8", "int4"])
 @pytest.mark.parametrize("update", ["all", "bias", "last:1"])
 @pytest.mark.parametrize("method", ["gradient-descent", "mini-batch"])
 def test_the_loss_falls_within_the_plan(models, data, kind, update, method):

@@ -14,7 +14,7 @@ from gristmill.model import Model
 from gristmill.ops import GRAD, OWN, Node, TensorType
 from gristmill.ops.token_pooling import MODES
 from gristmill.runtime.session import Session
-from gristmill.tensor import Dense, Quantized
+from gristmill.tensor import Dense, Int4, Quantized
 from gristmill.zoo.bert import Encoder, encoder
 
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
@@ -118,6 +118,29 @@ def test_a_quantized_weight_is_written_as_codes(tmp_path):
     }
     theirs = literally(tmp_path / "q.onnx", {"x": rows(3, 12)})["y"]
     np.testing.assert_allclose(rows(3, 12) @ model.tensors["w"].dense().T, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [20, 64, 72])
+def test_int4_tensors_are_written_as_codes_in_blocks(tmp_path, k):
+    tensors = {"table": Int4.from_dense(rows(9, k), 32), "w": Int4.from_dense(rows(8, k), 32), "b": Dense(rows(1, 8)[0])}
+    nodes = (
+        Node("Gather", ("table", "ids"), ("x",)),
+        Node("Linear", ("x", "w"), ("y",), domain=OWN),
+        Node("Linear", ("x", "w", "b"), ("z",), domain=OWN),
+    )
+    model = Model(nodes, tensors, {"ids": TensorType(I64, ("n",))}, ("x", "y", "z"))
+    gm.save(model, tmp_path / "int4.onnx")
+    assert (tmp_path / "int4.onnx").stat().st_size < 3500
+    proto = onnx_suite.onnx.load(tmp_path / "int4.onnx")
+    kinds = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+    assert kinds["table.codes"] == kinds["w.codes"] == onnx_suite.onnx.TensorProto.INT4
+    ids = np.array([3, 0, 8])
+    theirs, x = literally(tmp_path / "int4.onnx", {"ids": ids}), tensors["table"].dense()[ids]
+    np.testing.assert_allclose(theirs["x"], x, rtol=1e-6)
+    np.testing.assert_allclose(theirs["y"], x @ tensors["w"].dense().T, rtol=1e-4, atol=1e-4)
+    again = gm.load(tmp_path / "int4.onnx").run(ids=ids)
+    for name, found in again.items():
+        np.testing.assert_allclose(found, theirs[name], rtol=1e-4, atol=1e-4)
 
 
 def test_what_onnx_lacks_is_named_all_at_once(tmp_path):

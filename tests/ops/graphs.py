@@ -6,7 +6,7 @@ import numpy as np
 
 from gristmill.model import Model
 from gristmill.ops import OWN, Node
-from gristmill.tensor import Dense, Quantized, Sparse, Tensor
+from gristmill.tensor import Dense, Int4, Quantized, Sparse, Tensor
 
 RNG_SEED = 7
 
@@ -212,4 +212,5 @@ GRAPHS = [
 INT8_GRAPHS = [
     linear("linear-int8", quantized(12, 20), m=9),
     linear("linear-sparse-int8", int8(sparse(12, 32, (1, 4))), m=19),
+    linear("linear-int4", Int4.from_dense(draw(12, 20).array, 8), m=9),
 ]

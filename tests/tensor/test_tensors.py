@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gristmill import tensor
 from gristmill.errors import FormatError, ModelError
-from gristmill.tensor import BFloat16, Dense, Quantized, Sparse
+from gristmill.tensor import BFloat16, Dense, Int4, Quantized, Sparse
 
 
 def matrix(n, k, seed=0):
@@ -27,7 +27,7 @@ def examples():
     return [
         Dense(dense), BFloat16.from_dense(dense), Quantized.from_dense(dense), blocks, blocks.quantized(),
         elements, elements.quantized(),
-        Sparse.from_dense(dense, mask(6, 8), (2, 4)),
+        Sparse.from_dense(dense, mask(6, 8), (2, 4)), Int4.from_dense(dense),
     ]  # fmt: skip
 
 

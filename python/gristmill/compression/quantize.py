@@ -118,9 +118,12 @@ class Quantize(Pass):
             data = batches(model, self.calibration, context, "Quantize")
             importance = {name: norm**2 for name, norm in norms(model, products, data, context.threads, "Quantize").items()}
         ratios = RATIOS if self.clip else RATIOS[:1]
-        tensors = {
-            name: Int4.from_dense(model.tensors[name].dense(), self.group, ratios, importance.get(name)) for name in chosen
-        }
+        tensors: dict[str, Tensor] = {}
+        for name in chosen:
+            values = model.tensors[name].dense()
+            if not np.isfinite(values).all():
+                raise ModelError(f"Quantize: '{name}' {list(values.shape)} is not finite")
+            tensors[name] = Int4.from_dense(values, self.group, ratios, importance.get(name))
         return model.replace(tensors=tensors)
 
     def describe(self) -> dict[str, Any]:

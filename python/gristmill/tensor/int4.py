@@ -56,8 +56,8 @@ class Int4:
             array: float32 [n, k].
             group: a multiple of 8; k need not be a multiple of it.
             ratios: candidates in (0, 1]; below 1, the largest values are clipped.
-            importance: what errors are weighed with along the input, [k], not negative: the mean squares of the inputs make it the
-                error of the outputs, inputs taken to be independent (AWQ's observation; Lin et al., 2023).
+            importance: what errors are weighed with along the input, [k], not negative: the mean squares of the inputs make it
+                the error of the outputs, inputs taken to be independent (AWQ's observation; Lin et al., 2023).
 
         Raises:
             ModelError: the matrix is not two-dimensional or not finite, or an argument does not fit.

@@ -1,7 +1,8 @@
 /* What text encoders need beside products and attention: rows of tables by index, and one vector for each sequence.
  *
- * All arrays are float32, contiguous and of any alignment; tables may be int4, of which the rows asked for are expanded. Sums along a row run in 16 lanes on every ISA and fold in one tree,
- * so that every slot is bit-equal across ISAs. Everything here is bound by memory.
+ * All arrays are float32, contiguous and of any alignment; tables may be int4, of which the rows asked for are expanded. Sums
+ * along a row run in 16 lanes on every ISA and fold in one tree, so that every slot is bit-equal across ISAs. Everything here is
+ * bound by memory.
  */
 #ifndef FC_TEXT_H
 #define FC_TEXT_H
@@ -44,7 +45,7 @@ typedef struct fc_gather {
     fc_indices indices;
     const float *data;           /* or dy [outer, count, inner] */
     const fc_int4_weight *table; /* instead of data, or NULL: outer is 1 */
-    float *out;        /* [outer, count, inner], or the gradient [outer, places, inner] */
+    float *out;                  /* [outer, count, inner], or the gradient [outer, places, inner] */
 } fc_gather;
 void fc_text_gather(const void *args, int rank, int size);
 void fc_text_gather_grad(const void *args, int rank, int size); /* added up in the order of the indices */

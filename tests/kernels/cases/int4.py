@@ -166,7 +166,7 @@ def product_case(name, activation=None, wide=False, bias=True, gain=False, resid
         return {"out": activated(activation, before_activation(inputs)[1]) + inputs.get("residual", 0.0)}
 
     def bound(inputs, wanted):
-        # Three roundings for each group (conversion, scales, sum) of at most the sum of magnitudes, one for the gain and the bias.
+        # Three roundings for each group (conversion, scales, sum) of at most the sum of magnitudes; the gain, the bias.
         x, w = operands(inputs)
         groups = -(-x.shape[1] // inputs["group"])
         total = (np.abs(x) @ np.abs(w).T) * np.abs(inputs.get("gain", np.float32(1))).astype(np.float64)
@@ -192,7 +192,8 @@ def product_case(name, activation=None, wide=False, bias=True, gain=False, resid
 # ---- rows of tables: sizes are (places, n, group, count) ----
 
 TABLES = (
-    (3, 0, 8, 2), (1, 1, 8, 1), (5, 7, 8, 9), (6, 8, 8, 4), (7, 9, 8, 6), (4, 15, 16, 5), (9, 16, 16, 5), (9, 17, 32, 5), (30, 33, 32, 40),
+    (3, 0, 8, 2), (1, 1, 8, 1), (5, 7, 8, 9), (6, 8, 8, 4), (7, 9, 8, 6), (4, 15, 16, 5), (9, 16, 16, 5), (9, 17, 32, 5),
+    (30, 33, 32, 40),
     (20, 384, 32, 300), (20, 200, 128, 30), (8, 300, 304, 70), (5, 47, 24, 0),
 )  # fmt: skip
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from gristmill.errors import FormatError
 from gristmill.ops import OWN, Node, TensorType
-from gristmill.tensor import Quantized, Sparse, Tensor, is_int8
+from gristmill.ops.dtypes import dtype_of
+from gristmill.tensor import Int4, Quantized, Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
 
 ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -55,9 +56,13 @@ class Writer:
         return name
 
     def tensor(self, name: str) -> str:
-        """Take over a tensor of the model, whatever its kind, as a plain one."""
-        if name not in self.tensors:
-            self.tensors[name] = self.given[name].dense()
+        """Take over a tensor of the model, whatever its kind, as a plain value: of int4 what DequantizeLinear makes."""
+        tensor = self.given[name]
+        if isinstance(tensor, Int4):
+            if (name, False) not in self.weights:
+                self.weights[name, False] = dequantized_groups(name, tensor, False, self, name)
+        elif name not in self.tensors:
+            self.tensors[name] = tensor.dense()
         return name
 
     def emit(
@@ -95,7 +100,7 @@ class Writer:
 
 
 def linear(node: Node, to: Writer) -> None:
-    """Gemm for matrices, else MatMul and Add; int8 weights as DequantizeLinear of their codes."""
+    """Gemm for matrices, else MatMul and Add; int8 and int4 weights as DequantizeLinear of their codes."""
     x, weight, bias, residual = node.input(0), node.inputs[1], node.input(2), node.input(3)
     activation = node.attributes.get("activation")
     last = node.outputs[0]
@@ -124,6 +129,8 @@ def weight_of(name: str, transposed: bool, to: Writer) -> str:
     tensor = to.given[name]
     if not is_int8(tensor) and not transposed:
         return to.tensor(name)
+    if isinstance(tensor, Int4) and (name, True) not in to.weights:
+        to.weights[name, True] = dequantized_groups(name, tensor, True, to)
     if (name, transposed) not in to.weights:
         to.weights[name, transposed] = _dequantized(name, transposed, to) if is_int8(tensor) else to.fresh(f"{name}.transposed")
         if not is_int8(tensor):
@@ -139,6 +146,18 @@ def _dequantized(name: str, transposed: bool, to: Writer) -> str:
         to.constant(np.zeros(scale.shape), np.int8, f"{name}.zero"),
     ]
     return to.emit("DequantizeLinear", inputs, {"axis": 1 if transposed else 0}, hint=f"{name}.dequantized")
+
+
+def dequantized_groups(name: str, tensor: Int4, transposed: bool, to: Writer, output: str = "") -> str:
+    """Emit the codes of an int4 tensor and a DequantizeLinear in blocks along k; [k, n] if transposed."""
+    axis = 0 if transposed else 1
+    codes, scale = (array.T if transposed else array for array in (tensor.codes, tensor.scale.astype(np.float32)))
+    inputs = [
+        to.constant(codes, dtype_of("int4"), f"{name}.codes"),
+        to.constant(scale, np.float32, f"{name}.scale"),
+    ]
+    attributes = {"axis": axis, "block_size": min(tensor.group, tensor.shape[1])}
+    return to.emit("DequantizeLinear", inputs, attributes, output, f"{name}.dequantized")
 
 
 def codes_of(tensor: Tensor) -> tuple[Array, Array]:

@@ -1,12 +1,15 @@
-"""Products with int4 weights: read once and in order, against int8 activations with a scale for each group."""
+"""Products with int4 weights: read once and in order, against int8 activations with a scale for each group.
+
+Rows are quantised by the first of the products that share them, as part of it.
+"""
 
 from dataclasses import dataclass
-
-import numpy as np
+from math import ceil
 
 from gristmill import _core
 from gristmill.ops.op import Binder, Node
-from gristmill.ops.products.product import Product, epilogue, results, static_scale
+from gristmill.ops.products.dense import normal
+from gristmill.ops.products.product import Product, Size, epilogue, results, static_scale
 from gristmill.tensor import Int4, Tensor
 
 
@@ -30,7 +33,12 @@ class GroupsInt4(Product):
         return tensor.nbytes + m * tensor.shape[1]
 
     def example(self, n: int, k: int, share: float, seed: int) -> Tensor:
-        return Int4.from_dense(np.random.default_rng(seed).standard_normal((n, k), np.float32))
+        return Int4.from_dense(normal(n, k, seed))
+
+    def work(self, size: Size) -> tuple[float, ...]:
+        """A call, multiplications, loads of the weight for six rows, results, quantising of the rows."""
+        weights = size.n * size.k
+        return 1.0, weights * size.m, weights * ceil(size.m / 6), size.m * size.n, size.m * size.k
 
 
-PRODUCTS: tuple[Product, ...] = (GroupsInt4("dense int4", "groups of codes", form="dense int4"),)
+PRODUCTS: tuple[Product, ...] = (GroupsInt4("dense int4", "rows", form="dense int4"),)
