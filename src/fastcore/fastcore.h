@@ -13,6 +13,7 @@
 
 #include "aggregate/aggregate.h"
 #include "attention/attention.h"
+#include "bitmask/bitmask.h"
 #include "cpu.h"
 #include "dense/dense.h"
 #include "nn/nn.h"
@@ -27,6 +28,7 @@
 #define FC_SLOTS(SLOT)                                                                                                           \
     FC_AGGREGATE_SLOTS(SLOT)                                                                                                     \
     FC_ATTENTION_SLOTS(SLOT)                                                                                                     \
+    FC_BITMASK_SLOTS(SLOT)                                                                                                       \
     FC_DENSE_SLOTS(SLOT)                                                                                                         \
     FC_NN_SLOTS(SLOT)                                                                                                            \
     FC_QUANT_SLOTS(SLOT)                                                                                                         \
