@@ -319,12 +319,13 @@ def quantize_activations(
     zeros: Array | None = None,
     scale: float | None = None,
     zero_point: int = 128,
+    symmetric: bool = False,
 ) -> None:
     """Quantise float32 x per row m (rows [M,K], or lanes [K,M] if `lanes`): a uint8 panel of `layout`, scales[M], int32 zeros[M].
 
     A code stands for (code - zero) * scale. "tile" spreads 256 codes from min(0, min x) to max(0, max x); "lanes" is symmetric,
-    has 128 for all zeros and needs no `zeros`. With a static `scale`: codes = clip(round half even(x / scale) + zero_point, 0,
-    255), all scales and zeros are these; "tile" panels only.
+    has 128 for all zeros and needs no `zeros`; with `symmetric` "tile" has the same codes. With a static `scale`: codes =
+    clip(round half even(x / scale) + zero_point, 0, 255), all scales and zeros are these; "tile" panels only.
     """
 
 class PackedInt8:

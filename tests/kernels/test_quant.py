@@ -184,7 +184,7 @@ def test_pack_refuses_what_it_cannot_pack():
     with pytest.raises(TypeError):
         _core.pack_int8(_core.Weight(np.ones((2, 2), np.float32), (2, 2)))
     offsets, index = np.array([0, 1], np.int32), np.array([0], np.int32)
-    blocks = _core.Weight(np.ones((1, 1, 4), np.int8), (1, 4), np.ones(1, np.float32), offsets, index)
+    blocks = _core.Weight(np.ones((1, 1, 4), np.float32), (1, 4), None, offsets, index)
     with pytest.raises(TypeError):
         _core.pack_int8(blocks)
     with pytest.raises(TypeError):

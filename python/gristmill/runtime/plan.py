@@ -127,7 +127,7 @@ class Layout:
         self.steps: list[Step] = []
         self.chosen: dict[str, Product] = {}  # by node
         self.scales: dict[str, Buffer] = {}
-        self.panels: dict[tuple[str, str, tuple[float, int] | None], tuple[Buffer, Buffer, Buffer | None]] = {}
+        self.panels: dict[tuple[str, str, tuple[float, int] | None, bool], tuple[Buffer, Buffer, Buffer | None]] = {}
         self.inputs = {name: self._fresh(name, "rows") for name in model.inputs}
         self.forms: dict[str, dict[str, Buffer]] = {name: {"rows": buffer} for name, buffer in self.inputs.items()}
         for node in model.nodes:
@@ -167,20 +167,23 @@ class Layout:
         layout = next(iter(self.forms.get(name, {})), "rows")
         return (self.lanes(name) if layout == "lanes" else self.rows(name)), layout
 
-    def codes(self, name: str, layout: str, static: tuple[float, int] | None = None) -> tuple[Buffer, Buffer, Buffer | None, int]:
+    def codes(
+        self, name: str, layout: str, static: tuple[float, int] | None = None, symmetric: bool = False
+    ) -> tuple[Buffer, Buffer, Buffer | None, int]:
         """A value quantised into a panel, per row or with a static scale and zero point: codes, scales, zero points (none in
-        layout "lanes", which is symmetric) and the number of rows.
+        layout "lanes", which is symmetric) and the number of rows. With `symmetric`, "tile" has the codes of "lanes".
 
         Made once and shared.
         """
         m, k = as_rows(self.shape(name))
-        key = (name, layout, static)
+        key = (name, layout, static, symmetric)
         if key not in self.panels:
             x, form = self.stored(name)
             x = x if form == "lanes" else x.reshape(m, k)
             codes, scales = self.scratch(_core.codes_nbytes(m, k, layout)), Buffer((m,), np.float32)
             zeros = Buffer((m,), np.int32) if layout == "tile" else None
-            self.step(_core.quantize_activations, x, form == "lanes", layout, codes, scales, zeros, *(static or ()))
+            how = (*(static or (None, 128)), symmetric)
+            self.step(_core.quantize_activations, x, form == "lanes", layout, codes, scales, zeros, *how)
             self.panels[key] = (codes, scales, zeros)
         return (*self.panels[key], m)
 

@@ -1,14 +1,21 @@
-"""Products with every element of the weight: float32, bf16, and int8 in register tiles."""
+"""Products with every element of the weight: float32, bf16, and int8 in register tiles.
+
+A sparse weight may run so too, its zeros filled in when it is packed: at few rows, or with few zeros, that is faster. It gives
+the bits of its own form: int32 sums are exact, over the same codes; a float32 sum is one chain of fused multiply-adds in
+ascending k in both, to which a zero adds nothing (unless what it is multiplied with is not finite).
+"""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from gristmill import _core
 from gristmill.ops.op import Binder, Node
 from gristmill.ops.products.product import Product, epilogue, is_constant, matrices, results, static_scale
-from gristmill.tensor import Tensor
+from gristmill.tensor import Sparse, Tensor
 
 PACKED_FROM = 256  # results along the other side that make a run's own packing of an operand worth its time
+TILE_DEPTH = 66311  # the longest sum of products of a byte and an int8 that an int32 holds
 
 
 @dataclass(frozen=True)
@@ -19,8 +26,10 @@ class DenseFloat(Product):
 
     def takes(self, node: Node, binder: Binder) -> bool:
         weight = node.inputs[1]
-        if binder.tensor(weight).kind not in ("dense", "bf16") or static_scale(node):
+        if static_scale(node):
             return False
+        if binder.tensor(weight).kind not in ("dense", "bf16"):
+            return not self.bf16 and is_constant(node, binder) and expands(binder.tensor(weight), "float32")
         bf16 = multiplies_bf16(weight, binder) and (is_constant(node, binder) or is_float_in_memory(weight, binder))
         return bf16 == self.bf16
 
@@ -45,11 +54,13 @@ class DenseInt8(Product):
     """Panels of int8 codes against groups of 12 rows of codes."""
 
     def takes(self, node: Node, binder: Binder) -> bool:
-        return binder.tensor(node.inputs[1]).kind == "quantized"
+        tensor = binder.tensor(node.inputs[1])
+        return tensor.kind == "quantized" or (is_constant(node, binder) and expands(tensor, "int8"))
 
     def bind(self, node: Node, binder: Binder) -> None:
         weight = node.inputs[1]
-        codes, scales, zeros, m = binder.codes(node.inputs[0], "tile", static_scale(node))
+        symmetric = binder.tensor(weight).kind == "sparse"  # as the products with its blocks quantise
+        codes, scales, zeros, m = binder.codes(node.inputs[0], "tile", static_scale(node), symmetric)
         residual, out = results(node, binder, "rows")
         packed, scale = binder.packed(weight, _core.pack_int8), binder.scale(weight)
         binder.step(_core.linear_int8, codes, scales, zeros, m, packed, scale, out, *epilogue(node, binder, residual))
@@ -57,6 +68,19 @@ class DenseInt8(Product):
     def nbytes(self, tensor: Tensor, m: int) -> int:
         n, k = tensor.shape
         return n * k + 4 * n + m * k
+
+
+def expands(tensor: Tensor, dtype: str) -> bool:
+    """Whether a sparse weight of this dtype gives the same bits with its zeros filled in."""
+    if not isinstance(tensor, Sparse) or tensor.values.dtype != dtype:
+        return False
+    return sums_in_chains(_core.isa_generation()) if dtype == "float32" else tensor.shape[1] <= TILE_DEPTH
+
+
+@cache
+def sums_in_chains(generation: int) -> bool:
+    """Whether dense and sparse float32 sums are the same chains: the portable dense kernel does not fuse."""
+    return all(_core.slots()[slot][0] != "scalar" for slot in ("gemm_f32", "multiply_blocks_f32"))
 
 
 def operand_panels(binder: Binder, weight: str, others: int, depth: int, cols: int, bf16: bool) -> Any:
