@@ -349,6 +349,7 @@ include "aggregate/aggregate.pxi"
 include "attention/attention.pxi"
 include "bitmask/bitmask.pxi"
 include "dense/dense.pxi"
+include "int4/int4.pxi"
 include "nn/nn.pxi"
 include "quant/quant.pxi"
 include "sparse/sparse.pxi"
@@ -356,13 +357,13 @@ include "text/text.pxi"
 include "vision/vision.pxi"
 
 
-def packed_nbytes(object pack, Weight weight not None):
+def packed_nbytes(object pack, weight not None):
     """Return the bytes that a packing function or a packer will allocate for a weight, before any is."""
     if isinstance(pack, ConvolutionPacker):
         return pack.packed_nbytes(weight)
     sizes = {
-        pack_dense: dense_packed_nbytes, pack_bf16: bf16_packed_nbytes, pack_int8: int8_packed_nbytes,
-        pack_sparse: blocks_packed_nbytes, pack_bitmask: bitmask_packed_nbytes,
+        pack_dense: dense_packed_nbytes, pack_bf16: bf16_packed_nbytes, pack_int4: int4_packed_nbytes,
+        pack_int8: int8_packed_nbytes, pack_sparse: blocks_packed_nbytes, pack_bitmask: bitmask_packed_nbytes,
     }
     return sizes[pack](weight)
 

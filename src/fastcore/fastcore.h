@@ -16,6 +16,7 @@
 #include "bitmask/bitmask.h"
 #include "cpu.h"
 #include "dense/dense.h"
+#include "int4/int4.h"
 #include "nn/nn.h"
 #include "quant/quant.h"
 #include "sparse/sparse.h"
@@ -30,6 +31,7 @@
     FC_ATTENTION_SLOTS(SLOT)                                                                                                     \
     FC_BITMASK_SLOTS(SLOT)                                                                                                       \
     FC_DENSE_SLOTS(SLOT)                                                                                                         \
+    FC_INT4_SLOTS(SLOT)                                                                                                          \
     FC_NN_SLOTS(SLOT)                                                                                                            \
     FC_QUANT_SLOTS(SLOT)                                                                                                         \
     FC_SPARSE_SLOTS(SLOT)                                                                                                        \

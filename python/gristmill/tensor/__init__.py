@@ -5,16 +5,17 @@ from typing import Any
 from gristmill.errors import FormatError
 from gristmill.tensor.bf16 import BFloat16
 from gristmill.tensor.dense import Dense
+from gristmill.tensor.int4 import Int4
 from gristmill.tensor.quantized import Quantized
 from gristmill.tensor.sparse import Sparse
 
-Tensor = Dense | BFloat16 | Quantized | Sparse
+Tensor = Dense | BFloat16 | Quantized | Int4 | Sparse
 
-KINDS: dict[str, type[Dense] | type[BFloat16] | type[Quantized] | type[Sparse]] = {
-    kind.kind: kind for kind in (Dense, BFloat16, Quantized, Sparse)
+KINDS: dict[str, type[Dense] | type[BFloat16] | type[Quantized] | type[Int4] | type[Sparse]] = {
+    kind.kind: kind for kind in (Dense, BFloat16, Quantized, Int4, Sparse)
 }
 
-__all__ = ["KINDS", "BFloat16", "Dense", "Quantized", "Sparse", "Tensor", "from_parts", "is_int8"]
+__all__ = ["KINDS", "BFloat16", "Dense", "Int4", "Quantized", "Sparse", "Tensor", "from_parts", "is_int8"]
 
 
 def is_int8(tensor: Tensor) -> bool:

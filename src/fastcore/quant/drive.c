@@ -151,7 +151,7 @@ static int64_t panels_of(int64_t n) { return (n + FC_INT8_COLUMNS - 1) / FC_INT8
 
 /* Weights stream from memory once per product: on huge pages the hardware prefetcher runs ahead undisturbed, on small ones it
  * stops every 4 KiB (half the bandwidth at m = 1). The last, partial huge page stays small. */
-static void *allocate_panels(int64_t nbytes) {
+void *fc_allocate_panels(int64_t nbytes) {
 #ifdef MADV_HUGEPAGE
     const int64_t huge = 2 << 20;
     void *memory;
@@ -161,7 +161,7 @@ static void *allocate_panels(int64_t nbytes) {
         return memory;
     }
 #endif
-    return aligned_alloc(64, (size_t)(nbytes ? nbytes : 64)); /* a multiple of 64: panels have 32 columns */
+    return aligned_alloc(64, (size_t)(nbytes ? nbytes : 64)); /* a multiple of 64 */
 }
 
 static int64_t packed_codes_nbytes(int64_t n, int64_t k) { return panels_of(n) * FC_INT8_COLUMNS * ((k + 3) / 4) * 4; }
@@ -172,7 +172,7 @@ int64_t fc_packed_int8_nbytes(int64_t n, int64_t k) {
 
 fc_status fc_packed_int8_init(fc_packed_int8 *packed, int64_t n, int64_t k) {
     const int64_t codes = packed_codes_nbytes(n, k), nbytes = fc_packed_int8_nbytes(n, k);
-    void *memory = allocate_panels(nbytes);
+    void *memory = fc_allocate_panels(nbytes);
     if (!memory) return FC_NO_MEMORY;
     *packed = (fc_packed_int8){n, k, nbytes, memory, (int32_t *)((char *)memory + codes)};
     return FC_OK;

@@ -133,6 +133,9 @@ typedef struct fc_quantize_activations_args {
 } fc_quantize_activations_args;
 void fc_quantize_activations(const void *args, int rank, int size);
 
+/* Memory for a packed weight, 64-byte aligned, to be freed with free(); nbytes is a multiple of 64. NULL if there is none. */
+FC_HIDDEN void *fc_allocate_panels(int64_t nbytes);
+
 /* A weight in the order the tiles read it, the same on every instruction set. */
 typedef struct fc_packed_int8 {
     int64_t n, k, nbytes;
