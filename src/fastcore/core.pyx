@@ -71,7 +71,8 @@ cdef extern from "weight.h" nogil:
         const uint8_t *bitmask
         const int64_t *row_starts
         int64_t group
-        const float *gain
+        const void *group_scales
+        int wide
 
 cdef extern from "nn/activation.h" nogil:
     ctypedef enum fc_activation:
@@ -242,23 +243,24 @@ cdef class Weight:
     """A canonical [n, k] weight in memory that the caller owns: dense, blocks, or elements under a bitmask.
 
     Values are float32 or int8 with a scale per row. Dense uint16 values are bf16. Under a bitmask, uint8 values are int4, two to a
-    byte, with a scale for each `group` columns of a row and perhaps a gain for each row.
+    byte, with `group_scales` for each `group` columns of a row; `scale` is a factor on those of a row, or None.
     """
     cdef fc_weight view
     cdef tuple held
     cdef readonly tuple shape
 
     def __cinit__(
-        self, values, tuple shape, scale=None, row_offsets=None, index=None, bitmask=None, int64_t group=0, gain=None
+        self, values, tuple shape, scale=None, row_offsets=None, index=None, bitmask=None, group_scales=None,
+        int64_t group=0
     ):
         cdef int64_t n, k, groups, blocks
         n, k = shape
         kind = "f" if scale is None else "b"
         self.shape = (n, k)
-        self.held = (values, scale, row_offsets, index, bitmask, gain)
+        self.held = (values, scale, row_offsets, index, bitmask, group_scales)
         self.view.n, self.view.k = n, k
         if bitmask is not None:
-            fill_bitmask(&self.view, values, scale, row_offsets, bitmask, group, gain)
+            fill_bitmask(&self.view, values, scale, row_offsets, bitmask, group_scales, group)
             return
         self.view.scale = <const float *>optional_pointer(scale, "scale", "f", (n,))
         if row_offsets is None:
@@ -294,7 +296,7 @@ cdef int check_blocks(const fc_weight *weight, int64_t blocks) except -1:
 
 
 cdef int fill_bitmask(
-    fc_weight *view, object values, object scale, object row_offsets, object bitmask, int64_t group, object gain
+    fc_weight *view, object values, object scale, object row_offsets, object bitmask, object group_scales, int64_t group
 ) except -1:
     """Check the arrays of a weight under a bitmask and point to them."""
     cdef int64_t n = view.n, k = view.k, count
@@ -303,14 +305,15 @@ cdef int fill_bitmask(
     count = view.row_starts[n]
     if fc_bitmask_validate(view) != FC_OK:
         raise ValueError("row_offsets must count the bits of the bitmask row by row, none of which may lie beyond column k")
-    kind = memoryview(values).format
-    if kind == "B":
+    if group_scales is not None:
         if not 4 <= group <= FC_BITMASK_GROUP or group % 4:
             raise ValueError(f"group: expected a multiple of 4 up to {FC_BITMASK_GROUP}, got {group}")
         view.kind, view.group = FC_BITMASK_S4, group
         view.values = pointer(values, "values", "B", ((count + 1) // 2,))
-        view.scale = <const float *>pointer(scale, "scale", "f", (n, (k + group - 1) // group))
-        view.gain = <const float *>optional_pointer(gain, "gain", "f", (n,))
+        view.scale = <const float *>optional_pointer(scale, "scale", "f", (n,))
+        view.wide = memoryview(group_scales).format == "f"
+        shape = (n, (k + group - 1) // group)
+        view.group_scales = pointer(group_scales, "group_scales", "f" if view.wide else "e", shape)
         return 0
     view.kind = FC_BITMASK_F32 if scale is None else FC_BITMASK_S8
     view.values = pointer(values, "values", "f" if scale is None else "b", (count,))
@@ -364,6 +367,7 @@ def packed_nbytes(object pack, weight not None):
     sizes = {
         pack_dense: dense_packed_nbytes, pack_bf16: bf16_packed_nbytes, pack_int4: int4_packed_nbytes,
         pack_int8: int8_packed_nbytes, pack_sparse: blocks_packed_nbytes, pack_bitmask: bitmask_packed_nbytes,
+        pack_elements: elements_packed_nbytes,
     }
     return sizes[pack](weight)
 

@@ -16,7 +16,7 @@ typedef enum fc_weight_kind {
     FC_BLOCKS_S8,   /* the same in int8, scale [n] */
     FC_BITMASK_F32, /* values: float [row_starts[n]], the elements that `bitmask` marks, row after row */
     FC_BITMASK_S8,  /* the same in int8, scale [n] */
-    FC_BITMASK_S4,  /* the same in nibbles of two's complement, the lower first, scale [n, ceil(k / group)] */
+    FC_BITMASK_S4,  /* the same in nibbles, the lower first, with scales in groups; scale [n]: a gain on them, or NULL */
 } fc_weight_kind;
 
 /* Block b of row group g (rows g * block_rows ...) covers columns index[b] * block_cols ...; the blocks of group g are
@@ -32,8 +32,9 @@ typedef struct fc_weight {
     /* Under a bitmask: bit i % 8 of byte i / 8 of a row marks column i; row_starts [n + 1] count the bits before each row. */
     const uint8_t *bitmask; /* [n, ceil(k / 8)] */
     const int64_t *row_starts;
-    int64_t group;     /* columns that share a scale */
-    const float *gain; /* int4: a factor on all of a row's scales [n], or NULL */
+    int64_t group;            /* int4: columns that share a scale */
+    const void *group_scales; /* [n, ceil(k / group)] halves, or float if wide */
+    int wide;
 } fc_weight;
 
 #endif

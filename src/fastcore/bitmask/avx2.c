@@ -90,6 +90,11 @@ FC_INLINE void multiply_s8(const fc_bitmask_tile *t, int first_row, int R) {
     for (int i = 0; i < R * 2; i++) _mm256_store_si256((__m256i *)((int32_t *)t->sums + first_row * ROWS) + i, sums[i]);
 }
 
+FC_INLINE __m256 eight_scales(const uint8_t *at, int first, int wide) {
+    if (wide) return _mm256_loadu_ps((const float *)at + first);
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(at + first * 2)));
+}
+
 FC_INLINE void multiply_s4(const fc_bitmask_tile *t, int first_row, int R) {
     const uint8_t *at = t->stream, *codes = t->codes + first_row * 4;
     __m256 chain[8];
@@ -97,17 +102,15 @@ FC_INLINE void multiply_s4(const fc_bitmask_tile *t, int first_row, int R) {
     for (int i = 0; i < R * 2; i++) chain[i] = _mm256_setzero_ps();
     for (int64_t first = 0; first < t->k4; first += t->group) {
         const int64_t chunks = t->k4 - first < t->group ? t->k4 - first : t->group, lower = (chunks + 1) / 2;
-        const uint8_t *masks = at + 64, *low = masks + chunks * 8, *high = low;
+        const uint8_t *masks = at + (t->wide ? 64 : 32), *low = masks + chunks * 8, *high = low;
         __m256i sums[8];
 #pragma GCC unroll 8
         for (int i = 0; i < R * 2; i++) sums[i] = _mm256_setzero_si256();
         for (int64_t c = 0; c < lower; c++, codes += t->rows * 4) low = add_chunk(low, masks + c * 8, codes, 0, R, sums);
         for (int64_t c = lower; c < chunks; c++, codes += t->rows * 4) high = add_chunk(high, masks + c * 8, codes, 4, R, sums);
 #pragma GCC unroll 8
-        for (int i = 0; i < R * 2; i++) {
-            const __m256 sum = _mm256_cvtepi32_ps(_mm256_slli_epi32(sums[i], 4));
-            chain[i] = _mm256_fmadd_ps(sum, _mm256_loadu_ps((const float *)at + i % 2 * 8), chain[i]);
-        }
+        for (int i = 0; i < R * 2; i++)
+            chain[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[i]), eight_scales(at, i % 2 * 8, t->wide), chain[i]);
         at = low > high ? low : high;
     }
 #pragma GCC unroll 8

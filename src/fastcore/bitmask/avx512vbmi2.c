@@ -95,7 +95,7 @@ FC_INLINE void multiply_s4(const fc_bitmask_tile *t, int first_row, int R, int s
     for (int r = 0; r < R; r++) chain[r] = _mm512_setzero_ps();
     for (int64_t first = 0; first < t->k4; first += t->group, codes += t->group * step) {
         const int64_t chunks = t->k4 - first < t->group ? t->k4 - first : t->group, lower = (chunks + 1) / 2;
-        const uint8_t *masks = at + 64, *values = masks + chunks * 8;
+        const uint8_t *masks = at + (t->wide ? 64 : 32), *values = masks + chunks * 8;
         reader low = {values, masks, codes}, high = {values, masks + lower * 8, codes + lower * step};
         __m512i sums[12];
 #pragma GCC unroll 12
@@ -103,8 +103,10 @@ FC_INLINE void multiply_s4(const fc_bitmask_tile *t, int first_row, int R, int s
         add_nibbles(&low, &high, lower, chunks - lower, step, R, splits == 4 ? 2 : 1, splits / 2 * R, sums);
 #pragma GCC unroll 12
         for (int i = R; i < R * splits; i++) sums[i % R] = _mm512_add_epi32(sums[i % R], sums[i]);
+        const __m512 scale = t->wide ? _mm512_loadu_ps(at) : _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
 #pragma GCC unroll 12
-        for (int r = 0; r < R; r++) chain[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r]), _mm512_loadu_ps(at), chain[r]);
+        for (int r = 0; r < R; r++)
+            chain[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_srai_epi32(sums[r], 4)), scale, chain[r]);
         at = low.values > high.values ? low.values : high.values;
     }
 #pragma GCC unroll 12

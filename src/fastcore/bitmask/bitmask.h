@@ -1,11 +1,12 @@
 /* The bitmask family: products of one or a few rows with weights of which single elements are stored, where reading the weight is
  * what takes the time. A bit for each element and the packed values are read once and expanded in registers.
  *
- * float32 values are multiplied where they lie (weight.h), so that they may train. int8 and int4 codes are packed for the
- * kernels, in the same way for every instruction set: panels of 16 weight rows, each one stream of segments of up to `group`
- * chunks: int4 only: float [16], a sixteenth of each row's scale for this group; uint64 [chunks]: bit 4 r + j of a chunk stands
- * for weight row r at column 4 c + j; int8: the chunks' codes in the order of their bits. int4: bytes that hold codes of the
- * first ceil(chunks / 2) chunks in their low nibbles, of the others in their high ones.
+ * float32 values are multiplied where they lie (weight.h), so that they may train. Codes are packed, in the same way for every
+ * instruction set: panels of 16 weight rows, each one stream of segments of up to `group` chunks, which hold
+ *   - int4 only: each row's scale for this group, [16] halves, or float if the weight's are ("wide");
+ *   - uint64 [chunks]: bit 4 r + j of a chunk stands for weight row r at column 4 c + j;
+ *   - int8: the chunks' codes in the order of their bits;
+ *   - int4: bytes with codes of the first ceil(chunks / 2) chunks in their low nibbles, of the others in their high ones.
  */
 #ifndef FC_BITMASK_H
 #define FC_BITMASK_H
@@ -18,11 +19,11 @@
 #include "../weight.h"
 
 enum {
-    FC_BITMASK_ROWS = 16,    /* weight rows of a panel: the lanes of a register, four columns each */
-    FC_BITMASK_CHUNKS = 32,  /* of a segment of an int8 stream */
-    FC_BITMASK_GROUP = 4096, /* most columns of an int4 group: its sums, sixteenfold, fit an int32 */
-    FC_BITMASK_X_ROWS = 4,   /* rows of x in a float32 tile */
-    FC_BITMASK_SLACK = 64,   /* bytes beyond a stream that kernels may read */
+    FC_BITMASK_ROWS = 16,     /* weight rows of a panel: the lanes of a register, four columns each */
+    FC_BITMASK_CHUNKS = 32,   /* of a segment of an int8 stream */
+    FC_BITMASK_GROUP = 65536, /* most columns of an int4 group: its sums, sixteenfold, fit an int32 */
+    FC_BITMASK_X_ROWS = 4,    /* rows of x in a float32 tile */
+    FC_BITMASK_SLACK = 64,    /* bytes beyond a stream that kernels may read */
 };
 
 /* ---- slots: leaf kernels, one thread, no allocation ---- */
@@ -32,14 +33,14 @@ typedef struct fc_bitmask_tile {
     const uint8_t *stream; /* any alignment */
     const uint8_t *codes;  /* [k4][rows][4], a group of the "tile" layout of quant.h; any alignment */
     int64_t k4, group;     /* chunks of a row, and of a segment */
-    int rows;
+    int rows, wide;
     void *sums; /* [rows][16] int32 or float, 64-byte aligned */
 } fc_bitmask_tile;
 
 /* sums[r][row] = sum over the stored elements of the row of codes * weight, int32. Exact. */
 typedef void fc_multiply_bitmask_u8_s8_fn(const fc_bitmask_tile *tile);
-/* sums[r][row] = a chain over ascending groups of fma((float)sum, scale, chain) from 0, where sum = 16 times the sum of
- * codes * weight in the group, and scale is the one in the stream. Exact. */
+/* sums[r][row] = a chain over ascending groups of fma((float)sum, scale, chain) from 0, sum = that of codes * weight in the
+ * group. Exact. */
 typedef void fc_multiply_bitmask_u8_s4_fn(const fc_bitmask_tile *tile);
 
 /* Some weight rows by up to FC_BITMASK_X_ROWS rows of x. */
@@ -73,10 +74,14 @@ typedef struct fc_bitmask_unpack {
 } fc_bitmask_unpack;
 void fc_bitmask_expand(const void *unpack, int rank, int size);
 
+/* Where the elements are, as blocks of 1 x 1 say it: row_offsets [n + 1], index [row_starts[n]], which fits an int32. */
+void fc_bitmask_index(const fc_weight *weight, int32_t *row_offsets, int32_t *index);
+
 /* What a weight with codes is packed to. */
 typedef struct fc_packed_bitmask {
     fc_weight_kind kind;
     int64_t n, k, group, nbytes;
+    int wide;
     int64_t *offsets;  /* [panels + 1]: where each panel's stream begins */
     uint8_t *streams;  /* offsets[panels] bytes and FC_BITMASK_SLACK */
     void *corrections; /* [panels][16]: minus each row's sum of codes, int32; of int4 that of codes times scales, float */

@@ -6,7 +6,7 @@ cdef extern from "bitmask/bitmask.h" nogil:
         float *out
     ctypedef struct fc_packed_bitmask:
         fc_weight_kind kind
-        int64_t n, k, group, nbytes
+        int64_t n, k, nbytes
     ctypedef struct fc_pack_bitmask_args:
         fc_weight weight
         const fc_packed_bitmask *packed
@@ -30,6 +30,7 @@ cdef extern from "bitmask/bitmask.h" nogil:
         int64_t m
         fc_activation activation
     void fc_bitmask_expand(const void *unpack, int rank, int size) noexcept
+    void fc_bitmask_index(const fc_weight *weight, int32_t *row_offsets, int32_t *index)
     int64_t fc_packed_bitmask_nbytes(const fc_weight *weight)
     fc_status fc_packed_bitmask_init(fc_packed_bitmask *packed, const fc_weight *weight)
     void fc_packed_bitmask_free(fc_packed_bitmask *packed)
@@ -46,7 +47,7 @@ cdef int check_bitmask_codes(Weight weight) except -1:
 
 
 def unpack_bitmask(Weight weight not None, out, int threads=1):
-    """Write out[n, k] = the dense float32 matrix of a weight under a bitmask, scales applied but no gain."""
+    """Write out[n, k] = the dense float32 matrix of a weight under a bitmask, scales applied, but for the gain of int4 rows."""
     cdef fc_bitmask_unpack unpack
     if weight.view.bitmask == NULL:
         raise TypeError("weight: expected elements under a bitmask")
@@ -70,7 +71,7 @@ cdef class PackedBitmask:
 
 
 def pack_bitmask(Weight weight not None, int threads=1):
-    """Return the PackedBitmask of int8 or int4 codes under a bitmask: scales of int4 are copied, those of int8 and gains not."""
+    """Return the PackedBitmask of int8 or int4 codes under a bitmask; the scales of groups are copied, those of rows are not."""
     cdef PackedBitmask result = PackedBitmask()
     cdef fc_pack_bitmask_args args
     cdef fc_status status
@@ -89,6 +90,40 @@ def bitmask_packed_nbytes(Weight weight not None):
     """Return the bytes of the PackedBitmask of a weight."""
     check_bitmask_codes(weight)
     return fc_packed_bitmask_nbytes(&weight.view)
+
+
+cdef int check_bitmask_elements(Weight weight) except -1:
+    if weight.view.kind != FC_BITMASK_F32:
+        raise TypeError("weight: expected float32 values under a bitmask")
+    if weight.view.row_starts[weight.view.n] > 0x7fffffff:
+        raise ValueError("weight: its elements are more than an int32 index can count")
+    return 0
+
+
+def pack_elements(Weight weight not None, int threads=1):
+    """Return the PackedBlocks of float32 values under a bitmask, as blocks of 1 x 1. It refers to the values, which may change."""
+    cdef int32_t *offsets
+    cdef int32_t *columns
+    check_bitmask_elements(weight)
+    import numpy
+
+    count = weight.view.row_starts[weight.view.n]
+    row_offsets, index = numpy.empty(weight.view.n + 1, numpy.int32), numpy.empty(count, numpy.int32)
+    offsets = <int32_t *>pointer(row_offsets, "row_offsets", "i", (None,), True)
+    columns = <int32_t *>pointer(index, "index", "i", (count,), True)
+    with nogil:
+        fc_bitmask_index(&weight.view, offsets, columns)
+    values = numpy.asarray(weight.held[0]).reshape(count, 1, 1)
+    return pack_sparse(Weight(values, weight.shape, None, row_offsets, index))
+
+
+def elements_packed_nbytes(Weight weight not None):
+    """Return the bytes that pack_elements adds to a weight."""
+    cdef fc_weight blocks
+    check_bitmask_elements(weight)
+    blocks = weight.view
+    blocks.kind, blocks.block_rows, blocks.block_cols = FC_BLOCKS_F32, 1, 1
+    return 4 * (blocks.n + 1 + blocks.row_starts[blocks.n] + (fc_blocks_split_k(&blocks).count + 1) * blocks.n)
 
 
 def bitmask_linear_int(

@@ -53,6 +53,15 @@ static int code_at(const fc_weight *w, int64_t at) {
     return ((((const uint8_t *)w->values)[at / 2] >> at % 2 * 4 & 15) ^ 8) - 8;
 }
 
+static float scale_at(const fc_weight *w, int64_t row, int64_t group) {
+    return fc_int4_scale(w->group_scales, w->wide, row * pieces(w->k, w->group) + group);
+}
+
+static float value_at(const fc_weight *w, int64_t row, int64_t column, int64_t at) {
+    if (w->kind == FC_BITMASK_F32) return ((const float *)w->values)[at];
+    return (float)code_at(w, at) * (w->kind == FC_BITMASK_S8 ? w->scale[row] : scale_at(w, row, column / w->group));
+}
+
 void fc_bitmask_expand(const void *args, int rank, int size) {
     const fc_bitmask_unpack *unpack = args;
     const fc_weight *w = &unpack->weight;
@@ -63,17 +72,20 @@ void fc_bitmask_expand(const void *args, int rank, int size) {
         int64_t at = w->row_starts[row];
         for (int64_t i = 0; i < w->k; i++) {
             float value = 0.0f;
-            if (bits[i / 8] >> i % 8 & 1) {
-                if (w->kind == FC_BITMASK_F32)
-                    value = ((const float *)w->values)[at];
-                else
-                    value = (float)code_at(w, at) *
-                            w->scale[w->kind == FC_BITMASK_S8 ? row : row * pieces(w->k, w->group) + i / w->group];
-                at++;
-            }
+            if (bits[i / 8] >> i % 8 & 1) value = value_at(w, row, i, at++);
             unpack->out[row * w->k + i] = value;
         }
     }
+}
+
+void fc_bitmask_index(const fc_weight *w, int32_t *row_offsets, int32_t *index) {
+    for (int64_t row = 0; row < w->n; row++) {
+        const uint8_t *bits = w->bitmask + row * pieces(w->k, 8);
+        row_offsets[row] = (int32_t)w->row_starts[row];
+        for (int64_t i = 0; i < pieces(w->k, 8); i++)
+            for (unsigned byte = bits[i]; byte; byte &= byte - 1) *index++ = (int32_t)(i * 8 + __builtin_ctz(byte));
+    }
+    row_offsets[w->n] = (int32_t)w->row_starts[w->n];
 }
 
 /* ---- packing ---- */
@@ -81,6 +93,8 @@ void fc_bitmask_expand(const void *args, int rank, int size) {
 static int64_t chunks_of(int64_t k) { return pieces(k, 4); }
 static int64_t panels_of(int64_t n) { return pieces(n, FC_BITMASK_ROWS); }
 static int64_t group_chunks(const fc_weight *w) { return w->kind == FC_BITMASK_S8 ? FC_BITMASK_CHUNKS : w->group / 4; }
+/* Of the scales of one segment. */
+static int64_t scales_nbytes(const fc_weight *w) { return w->kind == FC_BITMASK_S8 ? 0 : FC_BITMASK_ROWS * (w->wide ? 4 : 2); }
 
 /* Four bits for each row of a panel. */
 static uint64_t chunk_mask(const fc_weight *w, int64_t panel, int64_t chunk) {
@@ -101,11 +115,10 @@ static int64_t codes_nbytes(const fc_weight *w, int64_t panel, int64_t first, in
 
 static int64_t stream_nbytes(const fc_weight *w, int64_t panel) {
     const int64_t k4 = chunks_of(w->k), group = group_chunks(w);
-    const int64_t scales = w->kind == FC_BITMASK_S4 ? FC_BITMASK_ROWS * (int64_t)sizeof(float) : 0;
     int64_t bytes = 0;
     for (int64_t first = 0; first < k4; first += group) {
         const int64_t chunks = smaller(group, k4 - first);
-        bytes += scales + chunks * 8 + codes_nbytes(w, panel, first, chunks);
+        bytes += scales_nbytes(w) + chunks * 8 + codes_nbytes(w, panel, first, chunks);
     }
     return bytes;
 }
@@ -145,6 +158,7 @@ fc_status fc_packed_bitmask_init(fc_packed_bitmask *packed, const fc_weight *wei
         .n = weight->n,
         .k = weight->k,
         .group = group_chunks(weight),
+        .wide = weight->wide,
         .nbytes = nbytes,
         .corrections = memory,
         .offsets = (int64_t *)(memory + corrections_nbytes(weight->n)),
@@ -180,14 +194,19 @@ static uint8_t *pack_chunk(const fc_weight *w, uint64_t mask, panel_rows *rows, 
     return to;
 }
 
-/* One segment; returns where the next begins. `scales`: [16] of an int4 group, or NULL. */
-static uint8_t *pack_segment(const fc_weight *w, int64_t panel, int64_t first, int64_t chunks, const float *scales,
-                             panel_rows *rows, uint8_t *to) {
-    const int64_t lower = scales ? (chunks + 1) / 2 : chunks, bytes = codes_nbytes(w, panel, first, chunks);
-    if (scales) {
-        memcpy(to, scales, FC_BITMASK_ROWS * sizeof *scales);
-        to += FC_BITMASK_ROWS * sizeof *scales;
-    }
+/* The scales of one group, as they are stored; those of rows that are not there are 0. */
+static void pack_scales(const fc_weight *w, int64_t panel, int64_t group, uint8_t *to) {
+    const int64_t groups = pieces(w->k, w->group), item = w->wide ? 4 : 2;
+    memset(to, 0, (size_t)scales_nbytes(w));
+    for (int64_t row = panel * FC_BITMASK_ROWS; row < smaller((panel + 1) * FC_BITMASK_ROWS, w->n); row++, to += item)
+        memcpy(to, (const char *)w->group_scales + (row * groups + group) * item, (size_t)item);
+}
+
+/* One segment; returns where the next begins. */
+static uint8_t *pack_segment(const fc_weight *w, int64_t panel, int64_t first, int64_t chunks, panel_rows *rows, uint8_t *to) {
+    const int64_t lower = w->kind == FC_BITMASK_S4 ? (chunks + 1) / 2 : chunks, bytes = codes_nbytes(w, panel, first, chunks);
+    if (w->kind == FC_BITMASK_S4) pack_scales(w, panel, first * 4 / w->group, to);
+    to += scales_nbytes(w);
     uint8_t *const values = to + chunks * 8, *low = values, *high = values;
     memset(values, 0, (size_t)bytes);
     for (int64_t c = 0; c < chunks; c++) {
@@ -201,38 +220,23 @@ static uint8_t *pack_segment(const fc_weight *w, int64_t panel, int64_t first, i
     return values + bytes;
 }
 
-/* A sixteenth of the scales of one group: nibbles are multiplied in the upper half of their bytes. */
-static void load_scales(const fc_weight *w, int64_t panel, int64_t group, float *scales) {
-    const int64_t groups = pieces(w->k, w->group);
-    for (int64_t r = 0; r < FC_BITMASK_ROWS; r++) {
-        const int64_t row = panel * FC_BITMASK_ROWS + r;
-        scales[r] = row < w->n ? w->scale[row * groups + group] * 0x1p-4f : 0.0f;
-    }
-}
-
 static void pack_panel(const fc_weight *w, const fc_packed_bitmask *p, int64_t panel) {
-    const int64_t k4 = chunks_of(w->k);
-    panel_rows rows;
-    float scales[FC_BITMASK_ROWS];
+    const int64_t k4 = chunks_of(w->k), row = panel * FC_BITMASK_ROWS, live = smaller(FC_BITMASK_ROWS, w->n - row);
+    panel_rows rows = {0};
     double corrections[FC_BITMASK_ROWS] = {0};
     uint8_t *to = p->streams + p->offsets[panel];
-    for (int64_t r = 0; r < FC_BITMASK_ROWS; r++) {
-        const int64_t row = panel * FC_BITMASK_ROWS + r;
-        rows.at[r] = row < w->n ? w->row_starts[row] : 0;
-    }
+    for (int64_t r = 0; r < live; r++) rows.at[r] = w->row_starts[row + r];
     for (int64_t first = 0; first < k4; first += p->group) {
-        const int nibbles = w->kind == FC_BITMASK_S4;
         memset(rows.sums, 0, sizeof rows.sums);
-        if (nibbles) load_scales(w, panel, first / p->group, scales);
-        to = pack_segment(w, panel, first, smaller(p->group, k4 - first), nibbles ? scales : NULL, &rows, to);
-        for (int r = 0; r < FC_BITMASK_ROWS; r++)
-            corrections[r] += nibbles ? (double)(rows.sums[r] * 16) * (double)scales[r] : (double)rows.sums[r];
+        to = pack_segment(w, panel, first, smaller(p->group, k4 - first), &rows, to);
+        for (int64_t r = 0; r < live; r++)
+            corrections[r] += rows.sums[r] * (w->kind == FC_BITMASK_S4 ? (double)scale_at(w, row + r, first / p->group) : 1.0);
     }
     for (int r = 0; r < FC_BITMASK_ROWS; r++) {
         if (w->kind == FC_BITMASK_S4)
-            ((float *)p->corrections)[panel * FC_BITMASK_ROWS + r] = (float)corrections[r];
+            ((float *)p->corrections)[row + r] = (float)corrections[r];
         else
-            ((int32_t *)p->corrections)[panel * FC_BITMASK_ROWS + r] = -(int32_t)corrections[r];
+            ((int32_t *)p->corrections)[row + r] = -(int32_t)corrections[r];
     }
 }
 
@@ -278,6 +282,7 @@ static void multiply_panel(const fc_bitmask_linear_args *a, int64_t panel, int64
                                   .k4 = k4,
                                   .group = w->group,
                                   .rows = (int)rows,
+                                  .wide = w->wide,
                                   .sums = nibbles ? (void *)chains : (void *)sums};
     if (nibbles)
         fc_kernels.multiply_bitmask_u8_s4(&tile);

@@ -3,6 +3,13 @@
 
 #include "../fastcore.h"
 
+static void load_scales(const uint8_t *at, int wide, float *scale) {
+    uint16_t halves[FC_BITMASK_ROWS];
+    memcpy(halves, at, sizeof halves);
+    for (int i = 0; i < FC_BITMASK_ROWS; i++) scale[i] = fc_half(halves[i]);
+    if (wide) memcpy(scale, at, FC_BITMASK_ROWS * sizeof *scale);
+}
+
 static uint64_t load_mask(const uint8_t *at) {
     uint64_t mask;
     memcpy(&mask, at, sizeof mask);
@@ -38,10 +45,10 @@ static void multiply_bitmask_u8_s4_scalar(const fc_bitmask_tile *t) {
     memset(out, 0, (size_t)t->rows * sizeof *out);
     for (int64_t first = 0; first < t->k4; first += t->group) {
         const int64_t chunks = t->k4 - first < t->group ? t->k4 - first : t->group, lower = (chunks + 1) / 2;
-        const uint8_t *masks = at + sizeof *out, *low = masks + chunks * 8, *high = low;
+        const uint8_t *masks = at + FC_BITMASK_ROWS * (t->wide ? 4 : 2), *low = masks + chunks * 8, *high = low;
         int32_t sums[12][FC_BITMASK_ROWS] = {{0}};
         float scale[FC_BITMASK_ROWS];
-        memcpy(scale, at, sizeof scale);
+        load_scales(at, t->wide, scale);
         for (int64_t c = 0; c < chunks; c++) {
             const uint64_t mask = load_mask(masks + c * 8);
             if (c < lower)
@@ -50,7 +57,7 @@ static void multiply_bitmask_u8_s4_scalar(const fc_bitmask_tile *t) {
                 high = add_chunk(t, first + c, mask, high, 4, 4, sums);
         }
         for (int r = 0; r < t->rows; r++)
-            for (int j = 0; j < FC_BITMASK_ROWS; j++) out[r][j] = fc_fma((float)(sums[r][j] * 16), scale[j], out[r][j]);
+            for (int j = 0; j < FC_BITMASK_ROWS; j++) out[r][j] = fc_fma((float)sums[r][j], scale[j], out[r][j]);
         at = low > high ? low : high;
     }
 }

@@ -78,7 +78,8 @@ static float bitmask_value(const fc_weight *w, int64_t row, int64_t col, int64_t
     if (w->kind == FC_BITMASK_F32) return ((const float *)w->values)[at];
     if (w->kind == FC_BITMASK_S8) return ((const int8_t *)w->values)[at];
     const int nibble = ((const uint8_t *)w->values)[at / 2] >> at % 2 * 4 & 15;
-    return (float)((nibble ^ 8) - 8) * w->scale[row * ((w->k + w->group - 1) / w->group) + col / w->group];
+    return (float)((nibble ^ 8) - 8) *
+           fc_int4_scale(w->group_scales, w->wide, row * fc_int4_groups(w->k, w->group) + col / w->group);
 }
 
 /* One row of columns [col, col + cols) from the row's stored element `next` on; returns the one after them. */
@@ -92,8 +93,7 @@ static int32_t expand_bitmask_row(const fc_weight *w, int64_t row, int64_t col, 
 }
 
 static float bitmask_scale(const fc_weight *w, int64_t row) {
-    if (w->kind == FC_BITMASK_S8) return w->scale[row];
-    return w->kind == FC_BITMASK_S4 && w->gain ? w->gain[row] : 1.0f;
+    return w->kind != FC_BITMASK_F32 && w->scale ? w->scale[row] : 1.0f;
 }
 
 void fc_weight_expand(const fc_weight *weight, int64_t row, int64_t rows, int64_t col, int64_t cols, int scaled, float *out,

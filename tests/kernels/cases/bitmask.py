@@ -133,9 +133,12 @@ def codes_inputs(rng, size, bits):
     if bits == 4 and n:
         weight[-1] = np.where(keep[-1], -8, 0)
     stored = weight[keep].astype(np.int8)
-    scale = rng.uniform(1e-3, 1e-2, n if bits == 8 else (n, -(-k // group))).astype(np.float32)
-    values = stored if bits == 8 else nibbles_of(stored)
-    view = _core.Weight(values, (n, k), scale, offsets, bitmask=bitmask, group=group if bits == 4 else 0)
+    scale = rng.uniform(1e-3, 1e-2, n if bits == 8 else (n, -(-k // group)))
+    scale = (-scale if m % 3 == 0 else scale).astype(np.float16 if bits == 4 and m % 2 else np.float32)
+    if bits == 8:
+        view = _core.Weight(stored, (n, k), scale, offsets, bitmask=bitmask)
+    else:
+        view = _core.Weight(nibbles_of(stored), (n, k), None, offsets, bitmask=bitmask, group_scales=scale, group=group)
     return {
         **draw_epilogue(rng, m, n, number),
         **draw_codes(rng, m, k),
@@ -176,7 +179,7 @@ def s4_answer(inputs):
 def codes_case(name, bits, answer, more, bench):
     def nbytes(size):
         stored = size[3] / 100 * bits / 8
-        return size[1] * size[2] * (1 / 8 + stored + (4 / size[5] if bits == 4 else 0))
+        return size[1] * size[2] * (1 / 8 + stored + (2 / size[5] if bits == 4 else 0))
 
     return Case(
         name=name,
