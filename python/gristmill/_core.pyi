@@ -38,12 +38,18 @@ class Weight:
     ) -> None:
         """`values` are float32, int8 with a `scale`, or, dense, uint16 for bf16."""
 
+class Int4Weight:
+    """An [n, k] matrix of 4-bit codes: int32 words[n, ceil(k / 8)], float16 or float32 scale[n, ceil(k / group)]."""
+
+    shape: tuple[int, int]
+    def __init__(self, words: Array, shape: tuple[int, int], scale: Array, group: int) -> None: ...
+
 def set_isa(cap: str | None = None) -> None: ...
 def isa_generation() -> int: ...
 def slots() -> dict[str, tuple[str, str, str]]: ...
 def has_threads() -> bool: ...
-def packed_nbytes(pack: Callable[..., Any], weight: Weight) -> int:
-    """Bytes that pack_dense, pack_bf16, pack_int8 pack_sparse or a ConvolutionPacker will make of a weight."""
+def packed_nbytes(pack: Callable[..., Any], weight: Weight | Int4Weight) -> int:
+    """Bytes that pack_dense, pack_bf16, pack_int4, pack_int8, pack_sparse or a ConvolutionPacker will make of a weight."""
 
 # ---- aggregate: flat float32 vectors ----
 
@@ -414,15 +420,50 @@ def sparse_linear_int8(
     codes: uint8, flat, of [K / 4][M rounded up to 16][4]: q + 128, padded with 128; K < 131072.
     """
 
+# ---- int4: 4-bit codes in groups ----
+
+class PackedInt4:
+    """A constant int4 weight in the order that the product reads it."""
+
+    shape: tuple[int, int]
+    group: int
+    nbytes: int
+
+def pack_int4(weight: Int4Weight, threads: int = 1) -> PackedInt4: ...
+def quantize_groups(program: Program, x: Array, group: int, codes: Array, scales: Array, offsets: Array) -> None:
+    """Quantise float32 x[M,K] to int8, symmetric, with a scale for each group of a row, for linear_int4.
+
+    All flat: int8 codes [M * 8 ceil(K / 8)], float32 scales and int32 offsets [M * ceil(K / group)]. A group with a value that is
+    not finite has scale NaN.
+    """
+
+def linear_int4(
+    program: Program,
+    codes: Array,
+    scales: Array,
+    offsets: Array,
+    m: int,
+    weight: PackedInt4,
+    gain: Array | None,
+    out: Array,
+    bias: Array | None,
+    activation: str | None,
+    residual: Array | None,
+) -> None:
+    """out[M,N] = activation((x @ weight.T) * gain[N] + bias[N]) + residual, x as quantize_groups made it."""
+
 # ---- text: rows of tables by index, one vector for each sequence; float32 ----
 
-def gather(program: Program, data: Array, indices: Array, out: Array) -> None:
-    """out[O,C,N] = data[O,P,N] by C indices (int64 or int32, any shape); a row of NaN stands for one outside of [-P, P)."""
+def gather(program: Program, data: Array | Int4Weight, indices: Array, out: Array) -> None:
+    """out[O,C,N] = data[O,P,N] by C indices (int64 or int32, any shape); a row of NaN stands for one outside of [-P, P).
+
+    An Int4Weight [P,N] is data of O = 1.
+    """
 
 def gather_grad(program: Program, dy: Array, indices: Array, grad: Array) -> None:
     """grad[O,P,N] = sums of the rows of dy[O,C,N] where their indices lead; nothing is added for one outside."""
 
-def lookups(program: Program, out: Array, *pairs: Array) -> None:
+def lookups(program: Program, out: Array, *pairs: Array | Int4Weight) -> None:
     """out[C,N] = the sum of rows of 1 to 4 tables[P,N] by C indices each: table, indices, table, indices, ..."""
 
 def masked_pool(program: Program, mode: str, x: Array, mask: Array, out: Array) -> None:

@@ -79,8 +79,9 @@ def need_float(model: Model, name: str, what: str) -> None:
     """Raise unless a weight is still float32.
 
     Raises:
-        ModelError: it is int8.
+        ModelError: it is quantised.
     """
     tensor = model.tensors[name]
     if tensor.kind == "quantized" or getattr(tensor, "scale", None) is not None:
-        raise ModelError(f"cannot {what} '{name}': it is int8 already; put Quantize last in the recipe")
+        form = "int4" if tensor.kind == "int4" else "int8"
+        raise ModelError(f"cannot {what} '{name}': it is {form} already; put Quantize last in the recipe")

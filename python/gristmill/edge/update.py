@@ -51,17 +51,17 @@ def with_values(tensor: Tensor, values: Array) -> Tensor:
 def select(model: Model, update: str) -> Selection:
     """Return what `update` names: "all", "bias", or "last:k" for the last k Linear layers.
 
-    "bias" trains biases, normalisation parameters and, of int8 weights, the scales.
+    "bias" trains biases, normalisation parameters and, of int8 and int4 weights, the scales. Codes of int4 never change.
 
     Raises:
         ModelError: `update` is none of these, or the model has fewer layers.
     """
     linears = [node for node in model.nodes if node.op == "Linear"]
     if update == "bias":
-        vectors = [name for name, tensor in model.tensors.items() if is_float(tensor.trainable) and tensor.trainable.ndim == 1]
+        vectors = [name for name in model.trainable if model.tensors[name].trainable.ndim == 1]
         return Selection(model, tuple(vectors), ())
     if update == "all":
-        names = [name for name, tensor in model.tensors.items() if is_float(tensor.trainable)]
+        names = list(model.trainable)
     elif (
         isinstance(update, str) and update.startswith("last:") and update[5:].isdecimal() and 0 < int(update[5:]) <= len(linears)
     ):
@@ -71,10 +71,6 @@ def select(model: Model, update: str) -> Selection:
         raise ModelError(f"update must be 'all', 'bias' or 'last:k' with k from 1 to {len(linears)}, got {update!r}")
     masters = {name: master(model.tensors[name]) for name in names if is_int8(model.tensors[name])}
     return Selection(model.replace(tensors=masters), tuple(names), tuple(masters))
-
-
-def is_float(array: Array) -> bool:
-    return array.dtype == np.float32
 
 
 def master(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from gristmill.ops.op import GRAD, OWN, Binder, Node, Op, Tape, TensorType, as_r
 from gristmill.ops.products import candidates
 from gristmill.ops.products.dense import is_float_in_memory, multiplies_bf16, operand_panels
 from gristmill.ops.products.product import static_scale
-from gristmill.tensor import Sparse, Tensor, is_int8
+from gristmill.tensor import Int4, Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
 
 
@@ -131,6 +131,8 @@ class LinearGradInput(Op):
         return [dy @ weight]
 
     def bind(self, node: Node, binder: Binder) -> bool:
+        if binder.kind(node.inputs[1]) == "int4":
+            return False
         dy, dx = binder.rows(node.inputs[0]), binder.output(node.outputs[0])
         dy, dx = dy.reshape(*as_rows(dy.shape)), dx.reshape(*as_rows(dx.shape))
         n, k = binder.tensor(node.inputs[1]).shape
@@ -145,7 +147,7 @@ class LinearGradInput(Op):
 
 class LinearGradWeight(Op):
     """The gradient of what trains in W: dW = dy.T @ x for a dense weight, its stored positions for a sparse one, or the
-    gradient of the gains on the scales for an int8 one (straight through the rounding)."""
+    gradient of the gains on the scales for an int8 or int4 one (straight through the rounding)."""
 
     name = "LinearGradWeight"
     domain = GRAD
@@ -175,6 +177,9 @@ class LinearGradWeight(Op):
         dy, x, grad = binder.rows(node.inputs[0]), binder.rows(node.inputs[1]), binder.output(node.outputs[0])
         dy, x = dy.reshape(*as_rows(dy.shape)), x.reshape(*as_rows(x.shape))
         tensor = binder.tensor(node.inputs[2])
+        if isinstance(tensor, Int4):
+            bind_gain_gradient(node, binder, tensor, dy, grad)
+            return True
         n, k = tensor.shape
         scratch = binder.scratch(_core.linear_scratch(dy.shape[0], n, k, binder.threads))
         weight = node.inputs[2]
@@ -187,9 +192,19 @@ class LinearGradWeight(Op):
         return True
 
 
+def bind_gain_gradient(node: Node, binder: Binder, tensor: Int4, dy: Any, grad: Any) -> None:
+    """Append the gradient of gains on the rows of W: the sum over m of dy * (x @ W.T without gains). No matrix dW is made."""
+    codes, scales, offsets, m = binder.groups(node.inputs[1], tensor.group)
+    product = binder.scratch(m * tensor.shape[0], np.float32).reshape(*dy.shape)
+    packed = binder.packed(node.inputs[2], _core.pack_int4)
+    binder.step(_core.linear_int4, codes, scales, offsets, m, packed, None, product, None, None, None)
+    binder.step(_core.multiply, dy, product, product)
+    binder.step(_core.column_sum, product, grad)
+
+
 def project(weight: Tensor, gradient: Array) -> Array:
     """Return the gradient of a weight's trainable part from the gradient [n, k] of the dense matrix."""
-    if is_int8(weight):
+    if is_int8(weight) or isinstance(weight, Int4):
         return np.einsum("nk,nk->n", gradient, weight.dense())
     if not isinstance(weight, Sparse):
         return gradient

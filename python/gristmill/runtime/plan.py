@@ -21,7 +21,7 @@ from gristmill.ops.op import as_rows, refusal
 from gristmill.ops.products import Product
 from gristmill.runtime.arena import FOREVER, Buffer, Memory, place
 from gristmill.runtime.shapes import Shapes
-from gristmill.tensor import BFloat16, Quantized, Sparse, Tensor, is_int8
+from gristmill.tensor import BFloat16, Int4, Quantized, Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
 
 
@@ -40,7 +40,7 @@ class InPlace:
     tensor: Tensor
     trained: "Array | Buffer | None"
 
-    def view(self, arena: Array) -> _core.Weight:
+    def view(self, arena: Array) -> _core.Weight | _core.Int4Weight:
         return weight_view(self.tensor, self.trained.view(arena) if isinstance(self.trained, Buffer) else self.trained)
 
 
@@ -66,11 +66,13 @@ class Weights:
             return self._made[key]
 
 
-def weight_view(tensor: Tensor, trained: Array | None = None) -> _core.Weight:
+def weight_view(tensor: Tensor, trained: Array | None = None) -> _core.Weight | _core.Int4Weight:
     """Return the kernel's view of a matrix, its values or its scales replaced by memory that somebody else updates.
 
-    A tensor of more dimensions is a matrix of its first and all others.
+    A tensor of more dimensions is a matrix of its first and all others. What trains of int4 is no part of the view.
     """
+    if isinstance(tensor, Int4):
+        return tensor.view
     shape = (tensor.shape[0], prod(tensor.shape[1:]))
     if tensor.kind == "dense":
         return _core.Weight((tensor.trainable if trained is None else trained).reshape(shape), shape)
@@ -128,6 +130,7 @@ class Layout:
         self.chosen: dict[str, Product] = {}  # by node
         self.scales: dict[str, Buffer] = {}
         self.panels: dict[tuple[str, str, tuple[float, int] | None, bool], tuple[Buffer, Buffer, Buffer | None]] = {}
+        self.grouped: dict[tuple[str, int], tuple[Buffer, Buffer, Buffer]] = {}
         self.inputs = {name: self._fresh(name, "rows") for name in model.inputs}
         self.forms: dict[str, dict[str, Buffer]] = {name: {"rows": buffer} for name, buffer in self.inputs.items()}
         for node in model.nodes:
@@ -187,6 +190,19 @@ class Layout:
             self.panels[key] = (codes, scales, zeros)
         return (*self.panels[key], m)
 
+    def groups(self, name: str, group: int) -> tuple[Buffer, Buffer, Buffer, int]:
+        """A value quantised to int8 with a scale for each group of a row: codes, scales, offsets and the number of rows.
+
+        Made once and shared.
+        """
+        m, k = as_rows(self.shape(name))
+        if (name, group) not in self.grouped:
+            count = m * -(-k // group)
+            made = Buffer((m * -(-k // 8) * 8,), np.int8), Buffer((count,), np.float32), Buffer((count,), np.int32)
+            self.step(_core.quantize_groups, self.rows(name).reshape(m, k), group, *made)
+            self.grouped[name, group] = made
+        return (*self.grouped[name, group], m)
+
     def output(self, name: str, layout: str = "rows") -> Buffer:
         """A new buffer for a value that the present node makes."""
         self.forms[name] = {layout: self._fresh(name, layout)}
@@ -207,11 +223,15 @@ class Layout:
             return False
         return True
 
-    def scratch(self, nbytes: int) -> Buffer:
-        return Buffer((nbytes,), np.uint8)
+    def scratch(self, count: int, dtype: Any = np.uint8) -> Buffer:
+        return Buffer((count,), dtype)
 
     def tensor(self, name: str) -> Tensor:
         return self.model.tensors[name]
+
+    def kind(self, name: str) -> str | None:
+        """The kind of a tensor of the model; None for any other value."""
+        return self.model.tensors[name].kind if name in self.model.tensors else None
 
     def trains(self, name: str) -> bool:
         return name in self.trainable

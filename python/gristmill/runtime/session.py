@@ -76,7 +76,7 @@ class Session:
         self.memory = memory or Memory()
         self.weights = Weights(compiled, self.trainable, self.memory)
         self._graph = compiled  # or, in a later stage of a graph, a part of it over the same weights
-        low = precision in ("bf16", "int8") or (precision is None and any(map(is_int8, compiled.tensors.values())))
+        low = precision in ("bf16", "int8") or (precision is None and _computes_int8(compiled))
         self.options = Options(precision, low, reference, in_place)
         self._runs: OrderedDict[Any, Run] = OrderedDict()
         self._arena = self.memory.allocate(0)
@@ -323,6 +323,11 @@ def _check_trainable(model: Model, name: str, array: Array) -> None:
         raise ModelError(
             f"trainable '{name}' must be a contiguous float32 array of shape {wanted.shape}, got {array.dtype} {array.shape}"
         )
+
+
+def _computes_int8(model: Model) -> bool:
+    """Whether products of a model have int8 activations."""
+    return any(map(is_int8, model.tensors.values())) or any(model.tensors[name].kind == "int4" for name in model.weights)
 
 
 def _quantized(model: Model, trainable: Mapping[str, Array]) -> Model:

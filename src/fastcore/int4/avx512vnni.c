@@ -11,7 +11,7 @@
 #ifdef FC_X86
 FC_TARGET_AVX512VNNI
 
-enum { LANES = 16, AHEAD = 4096 /* bytes that the stream is prefetched ahead */ };
+enum { LANES = 16, AHEAD = 8192 /* bytes that the stream is prefetched ahead */ };
 
 FC_INLINE __m512i broadcast_dword(const int8_t *p) {
     int32_t dword;
@@ -74,6 +74,10 @@ FC_INLINE void run_tile(const fc_int4_tile *t, const int rows, const int wide) {
         const int64_t octets = fc_int4_octets(group_length(t->k, t->group, first));
         const __m512 scale0 = load_scales(w, wide, 0), scale1 = load_scales(w, wide, 1);
         __m512i acc[FC_INT4_ROWS][2];
+        if (rows <= 2) {
+            _mm_prefetch((const char *)w + AHEAD, _MM_HINT_T0);
+            if (wide) _mm_prefetch((const char *)w + AHEAD + 64, _MM_HINT_T0);
+        }
         w += FC_INT4_COLUMNS * (wide ? 4 : 2);
         sum_group(t, w, a, octets, t->offsets + g * rows, acc, rows, rows <= 2);
         w += octets * 128;

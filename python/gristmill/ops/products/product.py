@@ -19,7 +19,7 @@ class Product(ABC):
 
     `name` is what `Session.explain` prints and what the cost model knows the product by, such as "blocks 4x4 int8": products of
     different speed have different names. `layout` is that of the activations it reads: "rows", "lanes", or a panel of codes,
-    "tile codes" or "lanes codes".
+    "tile codes", "lanes codes" or "groups of codes".
     """
 
     name: str
