@@ -242,8 +242,8 @@ cdef int run_now(fc_step_fn *run, const void *args, int threads) except -1:
 cdef class Weight:
     """A canonical [n, k] weight in memory that the caller owns: dense, blocks, or elements under a bitmask.
 
-    Values are float32 or int8 with a scale per row. Dense uint16 values are bf16. Under a bitmask, uint8 values are int4, two to a
-    byte, with `group_scales` for each `group` columns of a row; `scale` is a factor on those of a row, or None.
+    Values are float32 or int8 with a scale per row. Dense uint16 values are bf16. Under a bitmask, uint8 values are int4, two
+    to a byte, with `group_scales` for each `group` columns of a row; `scale` is a factor on those of a row, or None.
     """
     cdef fc_weight view
     cdef tuple held

@@ -14,7 +14,7 @@ from gristmill.errors import DataError, ModelError
 from gristmill.model import Model
 from gristmill.ops import Node
 from gristmill.runtime.session import Session
-from gristmill.tensor import BFloat16, Quantized, Sparse, Tensor
+from gristmill.tensor import BFloat16, Bitmask, Quantized, Sparse, Tensor
 from gristmill.tensor.parts import Array
 
 BATCH = 64  # examples that calibration runs at a time
@@ -24,7 +24,7 @@ BATCH = 64  # examples that calibration runs at a time
 class Quantize(Pass):
     """Quantise the weights of Linear nodes, dense and sparse.
 
-    Weights that are int8 already stay, and so do sparse ones whose inputs are no multiple of four: no int8 kernel reads them.
+    Weights that are int8 already stay, and so do blocks where the inputs are no multiple of four: no int8 kernel reads them.
 
     Args:
         precision: "int8"; or "bf16", which halves dense weights, in the file as well, and rounds activations likewise where the
@@ -72,6 +72,8 @@ class Quantize(Pass):
                 quantized[name] = Quantized.from_dense(tensor.dense(), context.threads)
             elif isinstance(tensor, Sparse) and tensor.scale is None and tensor.shape[1] % 4 == 0:
                 quantized[name] = tensor.quantized(context.threads)
+            elif isinstance(tensor, Bitmask) and tensor.scale is None:
+                quantized[name] = tensor.quantized("int8")
         result = model.replace(tensors=quantized)
         if self.calibration is None:
             return result

@@ -23,16 +23,16 @@ HALF = np.finfo(np.float16)
 class Bitmask:
     """An [n, k] matrix as a bit for each element and the `values` of those that are set, row after row; the rest is zero.
 
-    Any pattern fits: unstructured, or N of M, for which this costs a bit an element too. Bit i % 8 of `bitmask[row, i // 8]` (uint8
-    [n, ceil(k / 8)]) marks column i; the values of a row are `row_offsets[row] : row_offsets[row + 1]` (int64 [n + 1]). They are
+    Any pattern fits, N of M as well as unstructured. Bit i % 8 of `bitmask[row, i // 8]` (uint8 [n, ceil(k / 8)]) marks column i;
+    the values of a row are `row_offsets[row] : row_offsets[row + 1]` (int64 [n + 1]). They are
 
     - float32 [count]; they train, the positions are fixed;
     - int8 [count] in [-127, 127], with `scale` float32 [n];
-    - int4 in [-8, 7] as two's complement, uint8 [ceil(count / 2)], the lower half of a byte first, with `scale` float16 or float32
-      [n, ceil(k / group)], one for each `group` of consecutive columns, as `Int4` chooses them.
+    - int4 in [-8, 7] as two's complement, uint8 [ceil(count / 2)], the lower half of a byte first, with `scale` float16 or
+      float32 [n, ceil(k / group)], one for each `group` of consecutive columns, as `Int4` chooses them.
 
-    Stored as compressed-tensors' `sparse-bitmask` names it: `<name>_compressed`, `<name>_bitmask`, `<name>_row_offsets` int64 [n],
-    where each row begins, and `<name>_shape` int64 [2]; and `<name>_scale`.
+    Stored as compressed-tensors' `sparse-bitmask` names it: `<name>_compressed`, `<name>_bitmask`, `<name>_row_offsets` int64
+    [n], where each row begins, and `<name>_shape` int64 [2]; and `<name>_scale`.
 
     Example:
         >>> import numpy as np

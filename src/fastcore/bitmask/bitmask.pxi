@@ -101,7 +101,7 @@ cdef int check_bitmask_elements(Weight weight) except -1:
 
 
 def pack_elements(Weight weight not None, int threads=1):
-    """Return the PackedBlocks of float32 values under a bitmask, as blocks of 1 x 1. It refers to the values, which may change."""
+    """Return the PackedBlocks of float32 values under a bitmask, as blocks of 1 x 1. It refers to the values."""
     cdef int32_t *offsets
     cdef int32_t *columns
     check_bitmask_elements(weight)

@@ -76,9 +76,7 @@ def f32_inputs(rng, size):
 def f32_bind(inputs, outputs):
     program = _core.Program()
     weight = _core.Weight(inputs["values"], inputs["shape"], None, inputs["offsets"], bitmask=inputs["bitmask"])
-    _core.bitmask_linear(
-        program, inputs["x"], weight, outputs["out"], inputs["bias"], inputs["activation"], inputs["residual"]
-    )
+    _core.bitmask_linear(program, inputs["x"], weight, outputs["out"], inputs["bias"], inputs["activation"], inputs["residual"])
     return program
 
 
@@ -166,7 +164,7 @@ def s8_answer(inputs):
 
 
 def s4_answer(inputs):
-    n, k = inputs["weight"].shape
+    k = inputs["weight"].shape[1]
     weight = inputs["weight"] * np.repeat(inputs["scale"].astype(np.float64), inputs["group"], axis=1)[:, :k]
     factor = inputs["scales"].astype(np.float64)[:, None] * (1.0 if inputs["gain"] is None else inputs["gain"].astype(np.float64))
     product = (inputs["x"].astype(np.float64) - inputs["zeros"][:, None]) @ weight.T * factor

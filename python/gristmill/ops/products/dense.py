@@ -12,7 +12,7 @@ from typing import Any
 from gristmill import _core
 from gristmill.ops.op import Binder, Node
 from gristmill.ops.products.product import Product, epilogue, is_constant, matrices, results, static_scale
-from gristmill.tensor import Sparse, Tensor
+from gristmill.tensor import Bitmask, Sparse, Tensor
 
 PACKED_FROM = 256  # results along the other side that make a run's own packing of an operand worth its time
 TILE_DEPTH = 66311  # the longest sum of products of a byte and an int8 that an int32 holds
@@ -72,7 +72,7 @@ class DenseInt8(Product):
 
 def expands(tensor: Tensor, dtype: str) -> bool:
     """Whether a sparse weight of this dtype gives the same bits with its zeros filled in."""
-    if not isinstance(tensor, Sparse) or tensor.values.dtype != dtype:
+    if not isinstance(tensor, (Sparse, Bitmask)) or tensor.values.dtype != dtype:
         return False
     return sums_in_chains(_core.isa_generation()) if dtype == "float32" else tensor.shape[1] <= TILE_DEPTH
 
