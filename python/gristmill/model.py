@@ -8,6 +8,8 @@ from heapq import heappop, heappush
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from gristmill.errors import ModelError
 from gristmill.ops import Node, TensorType, find, types_made
 from gristmill.ops.op import UNKNOWN, Undetermined, need
