@@ -8,6 +8,7 @@ binds the steps to addresses. Steps between two Python references form one C seg
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -20,6 +21,7 @@ from gristmill.ops import Node, find
 from gristmill.ops.op import as_rows, refusal
 from gristmill.ops.products import Product
 from gristmill.runtime.arena import FOREVER, Buffer, Memory, place
+from gristmill.runtime.choice import Choice, Way, readers_of, stored_bytes, ways_of
 from gristmill.runtime.shapes import Shapes
 from gristmill.tensor import BFloat16, Bitmask, Int4, Quantized, Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
@@ -97,6 +99,7 @@ class Step:
     kernel: Callable[..., None] | None
     args: tuple[Any, ...]
     outputs: tuple[Buffer, ...] = ()
+    moves: bool = False  # converts a value for the node, rather than being the node's own
 
     def buffers(self) -> list[Buffer]:
         within = (arg.trained if isinstance(arg, InPlace) else arg for arg in (*self.args, *self.outputs))
@@ -111,6 +114,7 @@ class Options:
     low_precision: bool = False
     reference: bool = False
     in_place: bool = False
+    decide: Callable[[Sequence[Way], int, int], Way] | None = None  # of ways, threads and bytes of weights; None: own forms
 
 
 class Layout:
@@ -129,7 +133,8 @@ class Layout:
         self.trainable, self.bound, self.in_place = trainable, outputs, options.in_place
         self.precision, self.low_precision = options.precision, options.low_precision
         self.steps: list[Step] = []
-        self.chosen: dict[str, Product] = {}  # by node
+        self.choices: dict[str, Choice] = {}  # by node
+        self.decide = options.decide
         self.scales: dict[str, Buffer] = {}
         self.panels: dict[tuple[str, str, tuple[float, int] | None, bool], tuple[Buffer, Buffer, Buffer | None]] = {}
         self.grouped: dict[tuple[str, int], tuple[Buffer, Buffer, Buffer]] = {}
@@ -155,7 +160,7 @@ class Layout:
         if "rows" not in forms:
             lanes = forms["lanes"]
             forms["rows"] = self._fresh(name, "rows")
-            self.step(_core.transpose, lanes, forms["rows"].reshape(*lanes.shape[::-1]))
+            self._move(_core.transpose, lanes, forms["rows"].reshape(*lanes.shape[::-1]))
         return forms["rows"]
 
     def lanes(self, name: str) -> Buffer:
@@ -164,7 +169,7 @@ class Layout:
         if "lanes" not in forms:
             rows = forms["rows"] if "rows" in forms else self._constant(name)
             forms["lanes"] = self._fresh(name, "lanes")
-            self.step(_core.transpose, rows.reshape(*as_rows(rows.shape)), forms["lanes"])
+            self._move(_core.transpose, rows.reshape(*as_rows(rows.shape)), forms["lanes"])
         return forms["lanes"]
 
     def stored(self, name: str) -> tuple[Buffer, str]:
@@ -188,7 +193,7 @@ class Layout:
             codes, scales = self.scratch(_core.codes_nbytes(m, k, layout)), Buffer((m,), np.float32)
             zeros = Buffer((m,), np.int32) if layout == "tile" else None
             how = (*(static or (None, 128)), symmetric)
-            self.step(_core.quantize_activations, x, form == "lanes", layout, codes, scales, zeros, *how)
+            self._move(_core.quantize_activations, x, form == "lanes", layout, codes, scales, zeros, *how)
             self.panels[key] = (codes, scales, zeros)
         return (*self.panels[key], m)
 
@@ -264,14 +269,29 @@ class Layout:
         return Packed(name, pack)
 
     def choose(self, node: Node, products: Sequence[Product]) -> Product:
-        """The product that a Linear is bound to, of those that can serve it."""
-        self.chosen[node.name] = products[0]
-        return products[0]
+        """The product that a Linear is bound to, of those that can serve it: its weight's own, or the fastest expected."""
+        ways = ways_of(node, products, self)
+        way = ways[0] if self.decide is None or len(ways) == 1 else self.decide(ways, self.threads, self.resident)
+        self.choices[node.name] = Choice(way, ways)
+        return way.product
 
     def step(self, kernel: Callable[..., None], *args: Any) -> None:
         self.steps.append(Step(self.node, kernel, args))
 
+    @cached_property
+    def readers(self) -> dict[str, list[Node]]:
+        """The nodes that read each value."""
+        return readers_of(self.model)
+
+    @cached_property
+    def resident(self) -> int:
+        """Bytes of the model's weights."""
+        return stored_bytes(self.model)
+
     # ---- inner ----
+
+    def _move(self, kernel: Callable[..., None], *args: Any) -> None:
+        self.steps.append(Step(self.node, kernel, args, moves=True))
 
     def _fresh(self, name: str, layout: str) -> Buffer:
         shape, dtype = self.shape(name), self.types[name].dtype
@@ -357,16 +377,17 @@ def _groups(steps: list[Step], inputs: Iterable[Buffer]) -> list[int]:
 
 
 class Plan:
-    """The second pass: steps bound to addresses in an arena."""
+    """The second pass: steps bound to addresses in an arena; each `apart`, in a program of its own, where they are timed."""
 
-    def __init__(self, layout: Layout, arena: Array, weights: Weights) -> None:
+    def __init__(self, layout: Layout, arena: Array, weights: Weights, apart: bool = False) -> None:
+        self.apart = apart
         self.inputs = {name: buffer.view(arena) for name, buffer in layout.inputs.items()}
         self.outputs = {name: buffer.view(arena) for name, buffer in layout.outputs.items()}
         self.steps = layout.steps
         self.segments: list[_core.Program | Callable[[], None]] = []
         before = None
         for group, step in zip(layout.groups, layout.steps, strict=True):
-            if group == before:
+            if group == before and not apart:
                 self.segments[-1].overlap()  # type: ignore[union-attr]
             self._bind(step, arena, weights, layout.threads)
             before = group
@@ -384,7 +405,7 @@ class Plan:
         if step.kernel is None:
             self.segments.append(_reference(step.node, args, [out.view(arena) for out in step.outputs]))
             return
-        if not self.segments or not isinstance(self.segments[-1], _core.Program):
+        if self.apart or not self.segments or not isinstance(self.segments[-1], _core.Program):
             self.segments.append(_core.Program())
         try:
             args = [arg.view(arena) if isinstance(arg, InPlace) else arg for arg in args]

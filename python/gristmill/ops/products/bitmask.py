@@ -1,11 +1,30 @@
 """Products with the stored elements of a weight under a bitmask: for few rows, whose time is that of reading the weight."""
 
 from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
 
 from gristmill import _core
 from gristmill.ops.op import Binder, Node
-from gristmill.ops.products.product import Product, epilogue, matrices, results, static_scale
+from gristmill.ops.products.blocks import BlocksFloat
+from gristmill.ops.products.product import Product, Size, epilogue, matrices, results, static_scale
 from gristmill.tensor import Bitmask, Tensor
+
+FLOAT_ROWS, CODE_ROWS = 4, 12  # of activations that share one expansion of the weight
+
+
+def drawn(n: int, k: int, share: float, seed: int, precision: str) -> Bitmask:
+    """Return a weight to measure with."""
+    rng = np.random.default_rng(seed)
+    return Bitmask.from_dense(rng.standard_normal((n, k), np.float32), rng.random((n, k)) < share, precision)
+
+
+def expansions(size: Size, rows: int) -> tuple[float, ...]:
+    """Work of a product that expands the weight once for each `rows` rows: a call, expansions, multiplications by zeros too, and
+    results."""
+    weights = size.n * size.k
+    return 1.0, weights * ceil(size.m / rows), weights * size.m, size.m * size.n
 
 
 def holds(node: Node, binder: Binder, precision: str) -> bool:
@@ -28,6 +47,12 @@ class BitmaskFloat(Product):
     def nbytes(self, tensor: Tensor, m: int) -> int:
         return tensor.nbytes + 4 * m * tensor.shape[1]
 
+    def example(self, n: int, k: int, share: float, seed: int) -> Bitmask:
+        return drawn(n, k, share, seed, "float32")
+
+    def work(self, size: Size) -> tuple[float, ...]:
+        return expansions(size, FLOAT_ROWS)
+
 
 @dataclass(frozen=True)
 class ElementsFloat(Product):
@@ -44,6 +69,12 @@ class ElementsFloat(Product):
     def nbytes(self, tensor: Tensor, m: int) -> int:
         assert isinstance(tensor, Bitmask)
         return 8 * tensor.count + 4 * len(tensor.row_offsets) + 4 * m * tensor.shape[1]
+
+    def example(self, n: int, k: int, share: float, seed: int) -> Bitmask:
+        return drawn(n, k, share, seed, "float32")
+
+    def work(self, size: Size) -> tuple[float, ...]:
+        return BlocksFloat("", "", (1, 1), "float32").work(size)
 
 
 @dataclass(frozen=True)
@@ -68,6 +99,12 @@ class BitmaskCodes(Product):
     def nbytes(self, tensor: Tensor, m: int) -> int:
         return tensor.nbytes + m * tensor.shape[1]
 
+    def example(self, n: int, k: int, share: float, seed: int) -> Bitmask:
+        return drawn(n, k, share, seed, self.precision)
+
+    def work(self, size: Size) -> tuple[float, ...]:
+        return expansions(size, CODE_ROWS)
+
 
 def row_factors(weight: str, binder: Binder, precision: str) -> object:
     """Return what the rows of codes are multiplied by: scales of int8, with their gains; of int4 gains alone, if they train."""
@@ -77,8 +114,8 @@ def row_factors(weight: str, binder: Binder, precision: str) -> object:
 
 
 PRODUCTS: tuple[Product, ...] = (
-    BitmaskFloat("bitmask float32", "rows"),
-    ElementsFloat("bitmask float32 in lanes", "lanes"),
-    BitmaskCodes("bitmask int8", "tile codes", "int8"),
-    BitmaskCodes("bitmask int4", "tile codes", "int4"),
+    BitmaskFloat("bitmask float32", "rows", form="bitmask float32"),
+    ElementsFloat("bitmask float32 in lanes", "lanes", out="lanes", form="bitmask float32"),
+    BitmaskCodes("bitmask int8", "tile codes", "int8", form="bitmask int8"),
+    BitmaskCodes("bitmask int4", "tile codes", "int4", form="bitmask int4"),
 )
