@@ -159,9 +159,8 @@ def main() -> None:
     for threads in options.threads:
         found = list(rounds(contest, threads, options.seconds))
         speed = 1 / median(each["read"] for each in found)
-        print(
-            f"{threads} thread(s), {options.rows} row(s) x {options.shape}, {len(found)} rounds; memory is read at {speed / 1e9:.1f} GB/s"
-        )
+        size = f"{options.rows} row(s) x {options.shape}"
+        print(f"{threads} thread(s), {size}, {len(found)} rounds; memory is read at {speed / 1e9:.1f} GB/s")
         for name, dense in contest.dense.items():
             middle = median(each[name] for each in found)
             share = median(contest.nbytes[name] * each["read"] / each[name] for each in found)

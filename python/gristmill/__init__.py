@@ -31,7 +31,19 @@ _load_core()
 
 if TYPE_CHECKING:
     from gristmill import zoo
-    from gristmill.compression import Clip, Distill, Prune, Quantize, compress
+    from gristmill.compression import (
+        Clip,
+        Distill,
+        Prune,
+        Quantize,
+        RemoveHeads,
+        RemoveLayers,
+        compress,
+        compress_file,
+        read_recipe,
+        sensitivity,
+        write_recipe,
+    )
     from gristmill.edge import EdgeTrainer
     from gristmill.formats import load, save
     from gristmill.metrics import evaluate
@@ -56,23 +68,30 @@ _HOMES = {
     "Momentum": "optim",
     "Prune": "compression",
     "Quantize": "compression",
+    "RemoveHeads": "compression",
+    "RemoveLayers": "compression",
     "SGD": "optim",
     "Session": "runtime.session",
     "Until": "training",
     "compress": "compression",
+    "compress_file": "compression",
     "embed": "text",
     "evaluate": "metrics",
     "fit": "training",
     "fit_gradient": "training",
     "kernels": "runtime.kernels",
     "load": "formats",
+    "read_recipe": "compression",
     "save": "formats",
+    "sensitivity": "compression",
     "serve": "serving",
+    "write_recipe": "compression",
 }
 
 __all__ = [
-    "Adam", "AdamW", "Clip", "Distill", "EdgeTrainer", "Model", "Momentum", "Prune", "Quantize", "SGD", "Session", "Until",
-    "__version__", "compress", "embed", "evaluate", "fit", "fit_gradient", "kernels", "load", "save", "serve", "zoo",
+    "Adam", "AdamW", "Clip", "Distill", "EdgeTrainer", "Model", "Momentum", "Prune", "Quantize", "RemoveHeads", "RemoveLayers",
+    "SGD", "Session", "Until", "__version__", "compress", "compress_file", "embed", "evaluate", "fit", "fit_gradient", "kernels",
+    "load", "read_recipe", "save", "sensitivity", "serve", "write_recipe", "zoo",
 ]  # fmt: skip
 
 

@@ -347,6 +347,32 @@ def distillation_grad(
 def transpose(program: Program, x: Array, out: Array) -> None:
     """Convert rows [M,N] to lanes [N,M], or back."""
 
+# ---- prune: magnitudes and masks of them (uint8, 1: keep), float32; of equal ones that of the lowest index goes first ----
+
+def kth_magnitude(x: Array | Sequence[Array], k: int, threads: int = 1) -> float:
+    """The exact k-th smallest |x| (k from 1) of flat arrays taken as one; NaN is refused, here and below."""
+
+def magnitude_mask(x: Array | Sequence[Array], drop: int, mask: Array | Sequence[Array], threads: int = 1) -> None:
+    """mask (as many and as long) = 0 for exactly the `drop` smallest |x| of flat arrays taken as one, 1 for the rest.
+
+    Two passes over memory, whatever the sizes; no copy of x is made.
+    """
+
+def magnitude_mask_rows(x: Array, drop: int, mask: Array, threads: int = 1) -> None:
+    """mask[n,k] = 0 for exactly the `drop` smallest |x| of each row of x[n,k], 1 for the rest."""
+
+def n_of_m_mask(x: Array, keep: int, of: int, mask: Array, threads: int = 1) -> None:
+    """mask[n,k] = 1 for the `keep` largest |x| of each `of` (at most 64) neighbours in a row of x[n,k], 0 for the rest."""
+
+def block_magnitudes(weight: Array, block: tuple[int, int], out: Array, threads: int = 1, norms: Array | None = None) -> None:
+    """out[n/r, k/c] = sum of squares of each block of weight[n,k], whose column j is multiplied by norms[j] before."""
+
+def channel_magnitudes(weight: Array, norms: Array, out: Array, threads: int = 1) -> None:
+    """out[n,k] = |weight[n,k] * norms[k]|."""
+
+def apply_mask(weight: Array, mask: Array, block: tuple[int, int], threads: int = 1) -> None:
+    """Set the blocks of weight[n,k] whose mask[n/r, k/c] is 0 to 0, in place."""
+
 # ---- quant: int8 ----
 
 def quantize_weight(weight: Array, codes: Array, scale: Array, threads: int = 1) -> None:
@@ -373,8 +399,8 @@ def quantize_activations(
     """Quantise float32 x per row m (rows [M,K], or lanes [K,M] if `lanes`): a uint8 panel of `layout`, scales[M], int32 zeros[M].
 
     A code stands for (code - zero) * scale. "tile" spreads 256 codes from min(0, min x) to max(0, max x); "lanes" is symmetric,
-    has 128 for all zeros and needs no `zeros`; with `symmetric` "tile" has the same codes. With a static `scale`: codes =
-    clip(round half even(x / scale) + zero_point, 0, 255), all scales and zeros are these; "tile" panels only.
+    has 128 for all zeros and needs no `zeros` unless a static zero point is another; with `symmetric` "tile" has the same codes.
+    With a static `scale`: codes = clip(round half even(x / scale) + zero_point, 0, 255), all scales and zeros are these.
     """
 
 class PackedInt8:
@@ -403,18 +429,6 @@ def linear_int8(
     """
 
 # ---- sparse ----
-
-def kth_magnitude(x: Array, k: int, threads: int = 1) -> float:
-    """The exact k-th smallest |x| (k from 1) of a flat float32 array, by a histogram of the bits; NaN is refused."""
-
-def block_magnitudes(weight: Array, block: tuple[int, int], out: Array, threads: int = 1) -> None:
-    """out[n/r, k/c] = sum of squares of each block of weight[n,k], float32."""
-
-def magnitude_mask(x: Array, drop: int, mask: Array, threads: int = 1) -> None:
-    """mask (uint8, same length) = 0 for exactly the `drop` smallest |x| (ties: the lowest index goes first), 1 for the rest.
-
-    NaN is refused.
-    """
 
 def pack_blocks(weight: Array, mask: Array, block: tuple[int, int]) -> tuple[Array, Array, Array]:
     """(values [blocks,r,c], row_offsets int32, index int32) of the blocks where mask[n/r, k/c] is not 0."""
@@ -457,10 +471,12 @@ def sparse_linear_int8(
     bias: Array | None,
     activation: str | None,
     residual: Array | None,
+    zeros: Array | None = None,
 ) -> None:
     """The same from a "lanes" panel of quantised activations; blocks [r, 4]; weight_scale is read at every run.
 
-    codes: uint8, flat, of [K / 4][M rounded up to 16][4]: q + 128, padded with 128; K < 131072.
+    codes: uint8, flat, of tiles [K / 4][64][4], the last one [K / 4][its rows rounded up to 16][4], padded with 128; K < 131072.
+    A code stands for (code - zeros[M]) * scales[M]; without `zeros` (int32) all are 128, with them K <= 66311.
     """
 
 # ---- int4: 4-bit codes in groups ----

@@ -52,6 +52,27 @@ def mse(output: Array, target: Array) -> float:
 METRICS: dict[str, Metric] = {"accuracy": accuracy, "cross_entropy": cross_entropy, "mse": mse}
 
 
+def spearman(a: Array, b: Array) -> float:
+    """Return Spearman's rank correlation of two vectors of equal length; ties get the mean of their ranks.
+
+    Raises:
+        DataError: they are no vectors of one length, or have fewer than two values.
+
+    Example:
+        >>> round(spearman(np.array([1.0, 2.0, 3.0]), np.array([1.0, 8.0, 27.0])), 6)
+        1.0
+    """
+    if a.shape != b.shape or a.ndim != 1 or a.size < 2:
+        raise DataError(f"a rank correlation needs two vectors of one length, got {a.shape} and {b.shape}")
+    with np.errstate(invalid="ignore"):  # of constants there is none: NaN
+        return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: Array) -> Array:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
 def name_of(metric: str | Metric) -> str:
     """The name that a metric has in a history."""
     return metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")

@@ -5,20 +5,20 @@
 
 typedef void install_fn(fc_table *table);
 
-enum { FAMILIES = 10 };
+enum { FAMILIES = 11 };
 
 typedef struct tier {
     const char *isa;                /* the suffix of its kernels */
     const char *cap;                /* the value of GRISTMILL_ISA that still admits it */
     const char *needs;              /* what to say when the CPU lacks it */
     unsigned flags;                 /* CPU flags it needs */
-    install_fn *installs[FAMILIES]; /* of the families that have a variant, in any order */
+    install_fn *installs[FAMILIES]; /* of the families that have such kernels; NULL after the last */
 } tier;
 
 #define EVERY_FAMILY(isa)                                                                                                        \
     {fc_aggregate_install_##isa, fc_attention_install_##isa, fc_bitmask_install_##isa, fc_dense_install_##isa,                   \
-     fc_int4_install_##isa,      fc_nn_install_##isa,        fc_quant_install_##isa,   fc_sparse_install_##isa,                  \
-     fc_text_install_##isa,      fc_vision_install_##isa}
+     fc_int4_install_##isa,      fc_nn_install_##isa,        fc_prune_install_##isa,   fc_quant_install_##isa,                   \
+     fc_sparse_install_##isa,    fc_text_install_##isa,      fc_vision_install_##isa}
 
 static const tier tiers[] = {
     {"scalar", "scalar", "", 0, EVERY_FAMILY(scalar)},
@@ -59,8 +59,7 @@ static int level_of(const char *cap) {
 }
 
 static void install(fc_table *table, const tier *t) {
-    for (int i = 0; i < FAMILIES; i++)
-        if (t->installs[i]) t->installs[i](table);
+    for (int i = 0; i < FAMILIES && t->installs[i]; i++) t->installs[i](table);
 }
 
 fc_status fc_set_isa(const char *cap) {

@@ -18,6 +18,7 @@
 #include "dense/dense.h"
 #include "int4/int4.h"
 #include "nn/nn.h"
+#include "prune/prune.h"
 #include "quant/quant.h"
 #include "sparse/sparse.h"
 #include "status.h"
@@ -33,6 +34,7 @@
     FC_DENSE_SLOTS(SLOT)                                                                                                         \
     FC_INT4_SLOTS(SLOT)                                                                                                          \
     FC_NN_SLOTS(SLOT)                                                                                                            \
+    FC_PRUNE_SLOTS(SLOT)                                                                                                         \
     FC_QUANT_SLOTS(SLOT)                                                                                                         \
     FC_SPARSE_SLOTS(SLOT)                                                                                                        \
     FC_TEXT_SLOTS(SLOT)                                                                                                          \

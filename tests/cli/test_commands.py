@@ -15,7 +15,7 @@ from formats.models import every_kind
 from gristmill.cli import app
 from gristmill.errors import DataError
 
-COMMANDS = ("train", "compress", "adapt", "serve", "run", "inspect", "kernels", "demo", "bench")
+COMMANDS = ("train", "compress", "sensitivity", "adapt", "serve", "run", "inspect", "kernels", "demo", "bench")
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"}
 
 

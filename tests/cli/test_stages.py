@@ -47,8 +47,8 @@ def recorded(monkeypatch):
     def compress(model, recipe, data=None, **options):
         calls["compress"] = (model, recipe, data, options)
         total = {"latency_ms_before": {1: 0.1}}
-        report = {"metric": "accuracy", "total": total, "stages": [], "layers": [], "recipe": []}
-        return model, SimpleNamespace(drop=0.05, as_dict=lambda: report)
+        report = {"metric": "accuracy", "total": total, "stages": [], "layers": [], "recipe": [], "remarks": []}
+        return model, SimpleNamespace(drop=0.05, metric="accuracy", as_dict=lambda: report)
 
     class Trainer:
         def __init__(self, model, **options):

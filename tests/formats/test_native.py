@@ -44,6 +44,12 @@ def test_round_trip(make, tmp_path):
     assert (tmp_path / "m.safetensors").read_bytes() == native.to_bytes(model)
 
 
+def test_a_folder_with_one_file_is_a_model(tmp_path):
+    model = every_kind()
+    save(model, tmp_path / "model.safetensors")
+    assert_same(load(tmp_path), model)
+
+
 def test_loaded_model_computes_the_same(tmp_path):
     model = gm.zoo.mlp([6, 9, 4], seed=3)
     save(model, tmp_path / "m.safetensors")

@@ -34,91 +34,6 @@ def block_weight(rng, n=8, k=16, r=1, c=4, density=0.5, int8=False):
     return _core.Weight(values, (n, k), scale, offsets, index), dense
 
 
-# ---- magnitudes ----
-
-
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("n", [1, 20, 5000, 400_000])
-def test_nan_is_refused(rng, level, n):
-    x = rng.standard_normal(n).astype(np.float32)
-    x[n // 3] = -np.nan
-    _core.set_isa(level)
-    with pytest.raises(ValueError, match="NaN"):
-        _core.kth_magnitude(x, 1)
-    for drop in (0, n // 2, n):
-        with pytest.raises(ValueError, match="NaN"):
-            _core.magnitude_mask(x, drop, np.empty(n, np.uint8))
-
-
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("kind", ["equal", "two", "zeros", "periodic", "sorted", "wide", "infinite"])
-def test_selection_from_awkward_distributions(rng, level, kind):
-    """What misleads a sample, or falls into one bucket, must not change the answer."""
-    n = 300_007
-    x = {
-        "equal": np.full(n, -3.25),
-        "two": np.where(np.arange(n) % 2, 1.0, -1e-30),
-        "zeros": np.where(rng.random(n) < 0.9, -0.0, 1.0),
-        "periodic": np.where(np.arange(n) // 16 % 64, 5.0, 1e-3) * rng.random(n),
-        "sorted": np.linspace(-1, 1, n),
-        "wide": np.exp(rng.uniform(-100, 88, n)),
-        "infinite": np.where(rng.random(n) < 0.5, np.inf, 2.0),
-    }[kind].astype(np.float32)
-    order = np.sort(np.abs(x))
-    _core.set_isa(level)
-    for k in (1, 2, n // 64, n // 2, n * 9 // 10, n - 1, n):
-        assert _core.kth_magnitude(x, k, 2) == order[k - 1]
-
-
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("drop", [0, 1, 49_999, 50_000, 99_999, 100_000])
-def test_ties_go_by_lowest_index(rng, level, drop):
-    x = rng.choice(np.array([1.0, -1.0, 0.5, 2.0], np.float32), 100_000)
-    mask = np.empty(x.size, np.uint8)
-    wanted = sparse.mask_oracle({"x": x, "drop": drop})["mask"]
-    _core.set_isa(level)
-    for threads in (1, 2, 3, 5):
-        mask[:] = 7
-        _core.magnitude_mask(x, drop, mask, threads)
-        assert np.array_equal(mask, wanted)
-        assert int((mask == 0).sum()) == drop
-
-
-def test_ranks_outside_the_array_are_refused():
-    x = np.ones(5, np.float32)
-    for k in (0, -1, 6):
-        with pytest.raises(ValueError, match="k: expected"):
-            _core.kth_magnitude(x, k)
-    for drop in (-1, 6):
-        with pytest.raises(ValueError, match="drop: expected"):
-            _core.magnitude_mask(x, drop, np.empty(5, np.uint8))
-    with pytest.raises(ValueError, match="k: expected"):
-        _core.kth_magnitude(np.empty(0, np.float32), 1)
-
-
-def test_magnitudes_check_their_arrays():
-    x = np.ones((4, 8), np.float32)
-    with pytest.raises(TypeError):
-        _core.kth_magnitude(None, 1)
-    with pytest.raises(TypeError):
-        _core.kth_magnitude(np.ones(4), 1)
-    with pytest.raises(ValueError, match="shape"):
-        _core.kth_magnitude(x, 1)
-    with pytest.raises(TypeError):
-        _core.magnitude_mask(x.reshape(-1), 1, np.empty(32, bool))
-    with pytest.raises(ValueError, match="shape"):
-        _core.magnitude_mask(x.reshape(-1), 1, np.empty(31, np.uint8))
-    frozen = np.empty(32, np.uint8)
-    frozen.flags.writeable = False
-    with pytest.raises((ValueError, BufferError)):
-        _core.magnitude_mask(x.reshape(-1), 1, frozen)
-    with pytest.raises(ValueError, match="shape"):
-        _core.block_magnitudes(x, (1, 4), np.empty((4, 8), np.float32))
-    for block in ((3, 4), (1, 3), (0, 4), (1, -4)):
-        with pytest.raises(ValueError, match="tile"):
-            _core.block_magnitudes(x, block, np.empty((4, 2), np.float32))
-
-
 # ---- packing ----
 
 
@@ -297,7 +212,7 @@ def test_scales_of_weights_are_read_at_every_run(rng):
     weight = _core.Weight(inputs["values"], (8, 16), scale, inputs["row_offsets"], inputs["index"])
     program = _core.Program()
     _core.sparse_linear_int8(
-        program, inputs["codes"], inputs["scales"], 5, _core.pack_sparse(weight), scale, out, None, None, None
+        program, sparse.flat_panel(inputs["codes"]), inputs["scales"], 5, _core.pack_sparse(weight), scale, out, None, None, None
     )
     program.run()
     before = out.copy()
@@ -362,6 +277,7 @@ def test_int8_products_check_their_arguments(rng):
     wrong = [
         ("codes: expected shape", codes[:-1].copy(), scales, 5, packed, scale, out, None, None, None),
         ("scales: expected shape", codes, scales, 4, packed, scale, out, None, None, None),
+        ("zeros: expected shape", codes, scales, 5, packed, scale, out, None, None, None, np.zeros(8, np.int32)),
         ("m: expected", codes, scales, -1, packed, scale, out, None, None, None),
         ("weight_scale: expected shape", codes, scales, 5, packed, scale[:-1].copy(), out, None, None, None),
         ("out: expected shape", codes, scales, 5, packed, scale, out.T.copy(), None, None, None),

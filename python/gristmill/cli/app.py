@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 import gristmill
-from gristmill.cli import adapt, bench, compress, embed, inspect, kernels, run, serve, show_demo, train
+from gristmill.cli import adapt, bench, compress, embed, inspect, kernels, run, sensitivity, serve, show_demo, train
 from gristmill.errors import GristmillError
 
 
@@ -69,6 +69,9 @@ app.command(
     epilog="Example: gristmill compress --model model.safetensors --data train.npz --prune 0.8 --distill 30 --quantize int8 "
     "--max-drop 0.01 --out small.safetensors"
 )(compress.compress)
+app.command(epilog="Example: gristmill sensitivity --model model.safetensors --calibration sentences.txt --plot sensitivity.png")(
+    sensitivity.sensitivity
+)
 app.command(
     epilog="Example: gristmill adapt --model small.safetensors --data local.npz --memory 4MiB --update bias "
     "--out adapted.safetensors"

@@ -1,86 +1,178 @@
 """`gristmill compress`."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gristmill.cli.console import notes, output
-from gristmill.cli.dataset import read_examples, split
+from gristmill.cli.dataset import read_calibration, read_examples, split
 
 if TYPE_CHECKING:
     from gristmill.compression.recipe import Pass
+    from gristmill.compression.report import Report
+    from gristmill.model import Model
 
 GATE_FAILED = 3
-
-
-class Pattern(StrEnum):
-    """What is pruned together."""
-
-    blocks = "1x4"
-    unstructured = "unstructured"
-
-
-class Precision(StrEnum):
-    """What weights are quantised to."""
-
-    int8 = "int8"
-    bf16 = "bf16"
-
-
-class Style(StrEnum):
-    """How the report is printed."""
-
-    table = "table"
-    json = "json"
+STYLES = ("table", "json")
 
 
 def compress(
     model: Annotated[Path, typer.Option(help="The model file or Hugging Face folder to compress.")],
     out: Annotated[Path, typer.Option(help="Where to write the compressed model.")],
+    recipe: Annotated[
+        Path | None, typer.Option(help="A .yaml or .json file of passes, in place of --clip, --prune, --distill and --quantize.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="An .npz file with x and y: to distil with, and to measure on.")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Inputs without labels, in place of --data: an .npz file, or for encoders a .txt file of sentences."),
+    ] = None,
     validation: Annotated[str | None, typer.Option(help="Measure on this share of the data, or on this .npz file.")] = None,
     clip: Annotated[float | None, typer.Option(help="Clip weights at this percentile of their magnitudes, such as 99.9.")] = None,
     prune: Annotated[float | None, typer.Option(help="Drop this share of the weights, such as 0.8.")] = None,
-    pattern: Annotated[Pattern, typer.Option(help="What to prune together.")] = Pattern.blocks,
+    pattern: Annotated[str, typer.Option(help="What to prune together: 1x4, 2x4, 4x4, unstructured, or N:M.")] = "1x4",
     distill: Annotated[int | None, typer.Option(min=1, help="Train for this many epochs to answer as the original does.")] = None,
-    quantize: Annotated[Precision | None, typer.Option(help="Store and compute weights in this precision.")] = None,
-    max_drop: Annotated[float | None, typer.Option(help="Write nothing and exit with 3 if the metric drops by more.")] = None,
-    metric: Annotated[str, typer.Option(help="What to measure.")] = "accuracy",
+    quantize: Annotated[str | None, typer.Option(help="Store and compute weights in this precision, such as int8.")] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(min=0, help="Let the metric get worse by no more: revert the most sensitive layers, else exit with 3."),
+    ] = None,
+    revert: Annotated[bool, typer.Option(help="With --max-drop: revert layers. Without, only judge.")] = True,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="accuracy, cross_entropy or mse; cosine or spearman to the original's answers. Default: as data allow."
+        ),
+    ] = None,
+    report: Annotated[str, typer.Option(help="Print the report as table or json; a path that ends in .json to write.")] = "table",
+    plots: Annotated[Path | None, typer.Option(help="Write PNG plots into this folder.")] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="The folder with which a killed run goes on. Default: OUT.state, removed in the end."),
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew whatever the state says.")] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Resident memory that may be used, such as 2GiB. Recipes without data then go from file to file."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: the physical cores.")] = None,
-    report: Annotated[Style, typer.Option(help="How to print the report.")] = Style.table,
 ) -> None:
-    """Compress a model: clip, prune, distil, quantise, in this order; report what each pass cost and gained."""
-    if clip is prune is distill is quantize is None:
-        raise typer.BadParameter("choose at least one of --clip, --prune, --distill and --quantize")
-    for option, value in (("--distill", distill), ("--max-drop", max_drop), ("--validation", validation)):
-        if value is not None and data is None:
-            raise typer.BadParameter(f"{option} needs --data")
+    """Compress a model: by a recipe, or clip, prune, distil, quantise in this order; report what each pass cost and gained.
+
+    The model given is never changed, and the compressed one appears whole or not at all. A run that was killed goes on where it
+    was when it is started again with the same options. Exit codes: 0 done, 1 an error, 2 wrong options, 3 --max-drop not met.
+    """
+    given = (clip, prune, distill, quantize)
+    check_options(recipe, given, data, calibration, distill, max_drop, validation, report)
     import gristmill as gm
+    from gristmill.compression.layerwise import goes_by_weight
+    from gristmill.compression.state import discard
     from gristmill.formats import check_target
 
     check_target(out)
-    recipe = make_recipe(clip, prune, pattern, distill, quantize)
+    check_distinct(model, out)
+    check_outputs(report, plots)
+    passes = gm.read_recipe(recipe) if recipe is not None else make_recipe(clip, prune, pattern, distill, quantize)
+    folder = state if state is not None else out.with_name(f"{out.name}.state")
+    if restart:
+        discard(folder)
+    shared: dict[str, Any] = {"max_memory": max_memory, "state": folder, "seed": seed, "threads": threads}
     original = gm.load(model)
-    given, checked = (None, None) if data is None else split(read_examples(data), validation, seed)
-    small, outcome = gm.compress(original, recipe, given, validation=checked, metric=metric, seed=seed, threads=threads)
-    if report is Style.json:
-        output().print_json(data=outcome.as_dict())
-    else:
-        for table in report_tables(outcome.as_dict()):
-            output().print(table)
+    if max_memory is not None and data is calibration is None and goes_by_weight(passes, original, out):
+        del original
+        outcome = gm.compress_file(model, out, passes, **shared)
+        tell(outcome, report, plots)
+        notes().print(f"saved {out}: {out.stat().st_size:,} bytes")
+        return
+    examples, checked = read_data(original, data, calibration, validation, seed, metric)
+    bound = max_drop if revert else None
+    small, outcome = gm.compress(original, passes, examples, validation=checked, metric=metric, max_drop=bound, **shared)
+    tell(outcome, report, plots)
     if max_drop is not None and not (outcome.drop is not None and outcome.drop <= max_drop):
-        notes().print(f"gate: {metric} dropped by {outcome.drop:.4f}, more than {max_drop}; nothing was written")
+        drop = "could not be measured" if outcome.drop is None else f"dropped by {outcome.drop:.4f}"
+        notes().print(f"gate: {outcome.metric} {drop}, more than {max_drop}; nothing was written")
+        if state is None:
+            discard(folder)
         raise typer.Exit(GATE_FAILED)
     gm.save(small, out)
+    if state is None:
+        discard(folder)
     notes().print(f"saved {out}: {out.stat().st_size:,} bytes")
 
 
-def make_recipe(
-    clip: float | None, prune: float | None, pattern: Pattern, distill: int | None, quantize: Precision | None
-) -> "list[Pass]":
+def check_options(
+    recipe: Path | None,
+    given: tuple[Any, ...],
+    data: Path | None,
+    calibration: Path | None,
+    distill: int | None,
+    max_drop: float | None,
+    validation: str | None,
+    report: str,
+) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        BadParameter: names them.
+    """
+    asked = any(value is not None for value in given)
+    if recipe is None and not asked:
+        raise typer.BadParameter("choose at least one of --clip, --prune, --distill and --quantize, or give a --recipe")
+    if recipe is not None and asked:
+        raise typer.BadParameter("--recipe holds all passes: leave out --clip, --prune, --distill and --quantize")
+    if data is not None and calibration is not None:
+        raise typer.BadParameter("--calibration is for inputs without labels: leave it out where there is --data")
+    if distill is not None and data is None:
+        raise typer.BadParameter("--distill needs --data")
+    if max_drop is not None and data is calibration is None:
+        raise typer.BadParameter("--max-drop needs --data or --calibration")
+    if validation is not None and data is None:
+        raise typer.BadParameter("--validation needs --data")
+    if report not in STYLES and not report.endswith(".json"):
+        raise typer.BadParameter(f"--report is table, json or a path that ends in .json, got {report!r}")
+
+
+def check_distinct(model: Path, out: Path) -> None:
+    """Refuse to write over what is read, which is mapped while it is compressed.
+
+    Raises:
+        BadParameter: both are one file.
+    """
+    if out.exists() and model.exists() and out.samefile(model):
+        raise typer.BadParameter(f"--out is the model itself, {model}: name another file")
+
+
+def check_outputs(report: str, plots: Path | None) -> None:
+    """Find out before the work whether the report and the plots could be written.
+
+    Raises:
+        OSError: they could not.
+        MissingExtraError: the library that draws is not installed.
+    """
+    from gristmill.formats.atomic import check_folder
+
+    if report not in STYLES:
+        check_folder(report)
+    if plots is not None:
+        from gristmill.compression.plot import need_matplotlib
+
+        need_matplotlib()
+        check_folder(plots / "quality.png" if plots.is_dir() else plots)
+
+
+def read_data(
+    model: "Model", data: Path | None, calibration: Path | None, validation: str | None, seed: int, metric: str | None
+) -> tuple[Any, Any]:
+    """Return what to compress with and what to measure on, which is None for the same."""
+    if data is not None:
+        loss = "mse" if metric == "mse" else "cross_entropy"
+        return split(read_examples(data, loss), validation, seed, loss)
+    return (None if calibration is None else read_calibration(calibration, model)), None
+
+
+def make_recipe(clip: float | None, prune: float | None, pattern: str, distill: int | None, quantize: str | None) -> "list[Pass]":
     """Return the passes that were asked for, in the order in which they serve each other."""
     import gristmill as gm
 
@@ -88,30 +180,44 @@ def make_recipe(
     if clip is not None:
         recipe.append(gm.Clip(percentile=clip))
     if prune is not None:
-        recipe.append(gm.Prune(prune, pattern=pattern.value))
+        recipe.append(gm.Prune(prune, pattern=pattern))
     if distill is not None:
         recipe.append(gm.Distill(epochs=distill))
     if quantize is not None:
-        recipe.append(gm.Quantize(quantize.value))
+        recipe.append(gm.Quantize(quantize))
     return recipe
 
 
-def report_tables(report: dict[str, Any]) -> list[Any]:
+def tell(outcome: "Report", report: str, plots: Path | None) -> None:
+    """Print the report, or write it; draw the plots."""
+    if report == "json":
+        output().print_json(data=outcome.as_dict())
+    else:
+        figures = outcome.as_dict()
+        for table in report_tables(figures):
+            output().print(table)
+        for remark in figures["remarks"]:
+            output().print(remark)
+    if report not in STYLES:
+        outcome.save(report)
+        notes().print(f"saved {report}")
+    if plots is not None:
+        for path in outcome.plot(plots):
+            notes().print(f"saved {path}")
+
+
+def report_tables(figures: dict[str, Any]) -> list[Any]:
     """Return the report as tables: one row for each pass, and one for each weight."""
+    from gristmill.compression.report import tables
+
+    return [terminal_table(rows) for rows in tables(figures)]
+
+
+def terminal_table(rows: list[list[str]]) -> Any:
+    """Return rows of cells, the first of which names the columns, as a table."""
     from rich.table import Table
 
-    batches = list(report["total"]["latency_ms_before"])
-    stages = Table("stage", report["metric"], "error", "file bytes", "weight bytes", *(f"ms at {b}" for b in batches), "kernels")
-    for row in report["stages"]:
-        value = "-" if row["metric"] is None else f"{row['metric']:.4f}"
-        times = [f"{row['latency_ms'][b]:.3f}" for b in batches]
-        kernels = ", ".join(dict.fromkeys(row["kernels"].values()))
-        stages.add_row(
-            row["name"], value, f"{row['error']:.4f}", f"{row['file_bytes']:,}", f"{row['weight_bytes']:,}", *times, kernels
-        )
-    layers = Table("weight", "kind", "error", "sparsity", "bytes before", "after", *(f"ms at {b}" for b in batches))
-    for row in report["layers"]:
-        times = [f"{row['latency_ms_before'][b]:.3f} -> {row['latency_ms_after'][b]:.3f}" for b in batches]
-        sizes = [f"{row['bytes_before']:,}", f"{row['bytes_after']:,}"]
-        layers.add_row(row["name"], row["kind"], f"{row['error']:.4f}", f"{row['sparsity']:.3f}", *sizes, *times)
-    return [stages, layers]
+    table = Table(*rows[0])
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table

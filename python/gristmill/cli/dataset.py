@@ -2,13 +2,14 @@
 
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from gristmill.errors import DataError
 
 if TYPE_CHECKING:
+    from gristmill.model import Model
     from gristmill.tensor.parts import Array
 
     Examples = tuple[Array, Array]
@@ -59,6 +60,33 @@ def read_examples(path: Path, loss: str = "cross_entropy") -> "Examples":
     if y.ndim != 1 or y.dtype.kind == "f" or y.min() < 0:
         raise DataError(f"{path}: y must be one whole number from 0 for each example, got {y.dtype} of shape {y.shape}")
     return x.astype(np.float32), y.astype(np.int64)
+
+
+def read_calibration(path: Path, model: "Model") -> Any:
+    """Return inputs without labels: the sentences of a `.txt` file, a line each, or the arrays of an .npz file by input name.
+
+    Of an .npz file, what the model takes is used, and `x` serves a model of one input.
+
+    Raises:
+        DataError: the file is of another kind, or holds no input of the model.
+        OSError: it cannot be read.
+    """
+    if path.suffix == ".txt":
+        try:
+            lines = path.read_text("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 text: {error}") from error
+        sentences = [line for line in lines if line.strip()]
+        if not sentences:
+            raise DataError(f"{path} holds no sentences")
+        return sentences
+    arrays = read_arrays(path)
+    named = {name: array for name, array in arrays.items() if name in model.inputs}
+    if not named and len(model.inputs) == 1 and "x" in arrays:
+        return arrays["x"]
+    if not named:
+        raise DataError(f"{path} holds {sorted(arrays)}, none of the model's inputs {', '.join(model.inputs)}")
+    return named
 
 
 def split(

@@ -148,7 +148,7 @@ def stages_table(report: Report) -> Table:
     """The report's stages, one row each."""
     table = Table("stage", "accuracy", "file", "weights", "ms at 1", "ms at 256", title="after each pass")
     for stage in report.stages:
-        times = [f"{stage.latency_ms[batch]:.3f}" for batch in (1, 256)]
+        times = [f"{stage.latency_ms[rows]:.3f}" for rows in ("1", "256")]
         accuracy = "-" if stage.metric is None else f"{stage.metric:.4f}"
         table.add_row(stage.name, accuracy, f"{stage.file_bytes:,}", f"{stage.weight_bytes:,}", *times)
     return table

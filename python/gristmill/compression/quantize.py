@@ -4,23 +4,22 @@ int8 activations get a scale per row at run time or, with calibration data, one 
 group to where the error is least: of the weights or, with calibration data, of the outputs.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from gristmill.compression.calibration import batches, norms, ranges, reads
 from gristmill.compression.recipe import Context, Pass, is_number, targets
-from gristmill.errors import DataError, ModelError
+from gristmill.errors import ModelError
 from gristmill.model import Model
 from gristmill.ops import Node
-from gristmill.runtime.session import Session
 from gristmill.tensor import BFloat16, Bitmask, Int4, Quantized, Sparse, Tensor
 from gristmill.tensor.int4 import LARGEST_GROUP
 from gristmill.tensor.parts import Array
 
 RATIOS = tuple(np.linspace(1.0, 0.5, 16))  # of a group's peak that clipping may leave
-BATCH = 64  # examples that calibration runs at a time
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,10 @@ class Quantize(Pass):
         if not is_number(self.percentile) or not 50 < self.percentile <= 100:
             raise ModelError(f"Quantize: percentile must lie above 50 and at most at 100, got {self.percentile!r}")
 
+    @property
+    def local(self) -> bool:
+        return self.calibration is None
+
     def apply(self, model: Model, context: Context) -> Model:
         if self.precision == "int4":
             return self._int4(model, context)
@@ -99,8 +102,9 @@ class Quantize(Pass):
         if self.calibration is None:
             return result
         static = {name for name in chosen if result.tensors[name].kind == "quantized"}
-        ranges = observed(model, static, batches(model, self.calibration, context), self.percentile, context.threads)
-        return result.replace(nodes=tuple(with_scale(node, ranges) if reads(node, static) else node for node in result.nodes))
+        data = batches(model, self.calibration, context, "Quantize")
+        found = ranges(model, static, data, self.percentile, context.threads, "Quantize")
+        return result.replace(nodes=tuple(with_scale(node, found) if reads(node, static) else node for node in result.nodes))
 
     def _int4(self, model: Model, context: Context) -> Model:
         candidates = () if self.tables == "only" else model.weights
@@ -110,7 +114,8 @@ class Quantize(Pass):
         importance: dict[str, Array] = {}
         if self.calibration is not None:
             products = {name for name in chosen if name in model.weights}
-            importance = mean_squares(model, products, batches(model, self.calibration, context), context.threads)
+            data = batches(model, self.calibration, context, "Quantize")
+            importance = {name: norm**2 for name, norm in norms(model, products, data, context.threads, "Quantize").items()}
         ratios = RATIOS if self.clip else RATIOS[:1]
         tensors: dict[str, Tensor] = {}
         for name in chosen:
@@ -145,95 +150,9 @@ def tables_of(model: Model) -> tuple[str, ...]:
     return tuple(n for n, tensor in model.tensors.items() if len(tensor.shape) == 2 and all(readers.get(n, (False,))))
 
 
-def mean_squares(model: Model, weights: set[str], data: Iterable[Mapping[str, Array]], threads: int) -> dict[str, Array]:
-    """Return, for each of the weights, the mean square of every input [k] that it is multiplied with, over all batches.
-
-    Raises:
-        DataError: there are no batches, or a value is not finite.
-    """
-    nodes = [node for node in model.nodes if reads(node, weights)]
-    values = tuple(dict.fromkeys(node.inputs[0] for node in nodes))
-    made = tuple(name for name in values if name not in model.inputs)
-    session = Session(model.replace(outputs=made or model.outputs), threads=threads)
-    sums: dict[str, Array] = {name: np.zeros(int(model.types[name].shape[-1])) for name in values}
-    count = 0
-    for batch in data:
-        found = {**batch, **session.execute(batch)}
-        count += 1
-        for name in values:
-            matrix = found[name].reshape(-1, found[name].shape[-1])
-            sums[name] += np.einsum("mk,mk->k", matrix, matrix, dtype=np.float64) / max(len(matrix), 1)
-            if not np.isfinite(sums[name]).all():
-                raise DataError(f"Quantize: '{name}' is not finite on the calibration data")
-    if not count:
-        raise DataError("Quantize: there are no calibration batches")
-    by_weight: dict[str, Array] = {}
-    for node in nodes:
-        by_weight[node.inputs[1]] = by_weight.get(node.inputs[1], 0) + sums[node.inputs[0]] / count
-    return by_weight
-
-
-def reads(node: Node, weights: set[str]) -> bool:
-    """Whether a node is a Linear with one of these weights."""
-    return node.op == "Linear" and node.inputs[1] in weights
-
-
-def batches(model: Model, calibration: Any, context: Context) -> Iterator[Mapping[str, Array]]:
-    """Yield calibration data as the model's inputs.
-
-    Raises:
-        DataError: there are none, or they do not fit.
-    """
-    if isinstance(calibration, str):
-        if calibration != "data" or context.data is None:
-            raise DataError(
-                f"Quantize: calibration={calibration!r} needs data: pass compress(..., data=...) and 'data', or arrays"
-            )
-        calibration = context.data[0]
-    if isinstance(calibration, (np.ndarray, Mapping)):
-        calibration = [calibration]
-    if not isinstance(calibration, Iterable):
-        raise DataError(f"Quantize: calibration must be arrays or batches of them, got {type(calibration).__name__}")
-    for batch in calibration:
-        if isinstance(batch, Mapping):
-            yield batch
-            continue
-        if len(model.inputs) != 1:
-            raise DataError(f"Quantize: the model has inputs {list(model.inputs)}; calibration batches must map each to an array")
-        ((name, kind),) = model.inputs.items()
-        array = np.ascontiguousarray(batch, kind.dtype)
-        for first in range(0, len(array), BATCH):
-            yield {name: array[first : first + BATCH]}
-
-
-def observed(
-    model: Model, weights: set[str], data: Iterable[Mapping[str, Array]], percentile: float, threads: int
-) -> dict[str, tuple[float, float]]:
-    """Return the range of every value that a Linear with one of the weights reads, over all batches.
-
-    Raises:
-        DataError: there are no batches, or a value is not finite.
-    """
-    values = tuple(dict.fromkeys(node.inputs[0] for node in model.nodes if reads(node, weights)))
-    made = tuple(name for name in values if name not in model.inputs)
-    session = Session(model.replace(outputs=made or model.outputs), threads=threads)
-    ranges: dict[str, tuple[float, float]] = {}
-    for batch in data:
-        found = {**batch, **session.execute(batch)}
-        for name in values:
-            low, high = np.percentile(found[name], (100 - percentile, percentile)) if found[name].size else (0.0, 0.0)
-            if not (np.isfinite(low) and np.isfinite(high)):
-                raise DataError(f"Quantize: '{name}' is not finite on the calibration data")
-            before = ranges.get(name, (0.0, 0.0))
-            ranges[name] = (min(before[0], float(low)), max(before[1], float(high)))
-    if not ranges:
-        raise DataError("Quantize: there are no calibration batches")
-    return ranges
-
-
-def with_scale(node: Node, ranges: Mapping[str, tuple[float, float]]) -> Node:
+def with_scale(node: Node, found: Mapping[str, tuple[float, float]]) -> Node:
     """Return a Linear that rounds its input with the 256 codes spread over the input's range, 0 among them."""
-    low, high = ranges[node.inputs[0]]
+    low, high = found[node.inputs[0]]
     scale = float(np.float32(max((high - low) / 255, 2.0**-100)))
     attributes = {**node.attributes, "input_scale": scale, "input_zero_point": int(np.clip(np.rint(-low / scale), 0, 255))}
     return replace(node, attributes=attributes)

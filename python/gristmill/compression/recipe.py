@@ -1,16 +1,19 @@
 """What a pass is, and what it may use."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from math import isfinite
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
+from gristmill.compression.examples import Examples
 from gristmill.errors import ModelError
 from gristmill.model import Model
-from gristmill.tensor.parts import Array
+
+Self = TypeVar("Self", bound="Pass")
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,16 @@ class Context:
         seed: of everything random.
         threads: for kernels.
         progress: whether long passes show a progress bar; None for where a terminal listens.
+        folder: where a long pass may keep files of its own, to go on from after a kill; None where nobody asked for that. It is
+            there, empty the first time, and is removed when the pass is done.
     """
 
     teacher: Model
-    data: tuple[Array, Array | None] | None
+    data: Examples | None
     seed: int
     threads: int
     progress: bool | None
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,37 @@ class Pass:
             ModelError: the pass does not fit the model, or needs data that `compress` was not given.
         """
         raise NotImplementedError
+
+    @property
+    def local(self) -> bool:
+        """Whether what becomes of a weight depends on that weight alone: such passes can go through a model weight by weight."""
+        return False
+
+    def works_on(self, model: Model) -> list[str]:
+        """Return the names of the weights that the pass is to change, those that it turns out not to fit included.
+
+        Raises:
+            ModelError: a pattern matches nothing, or nothing is left.
+        """
+        settings = {setting.name for setting in fields(self)}
+        if not {"names", "skip"} <= settings:
+            return list(model.weights)
+        return targets(model, getattr(self, "names"), getattr(self, "skip"))  # noqa: B009
+
+    def left_out(self, model: Model) -> dict[str, str]:
+        """Return the names of weights that the pass leaves as they are although nobody excluded them, and why."""
+        return {}
+
+    def restricted(self: Self, name: str) -> Self:
+        """Return the same pass for one weight.
+
+        Raises:
+            ModelError: the pass does not choose weights by name.
+        """
+        if not {"names", "skip"} <= {setting.name for setting in fields(self)}:
+            raise ModelError(f"{type(self).__name__} works on a whole model, not on one weight")
+        changes: dict[str, Any] = {"names": (literal(name),), "skip": ()}
+        return replace(self, **changes)
 
     def describe(self) -> dict[str, Any]:
         """Return the settings, for provenance."""
@@ -71,6 +108,16 @@ def targets(model: Model, patterns: Sequence[str], skip: Sequence[str], among: S
     if not chosen:
         raise ModelError(f"no weights are left to work on: the model has {list(among)}")
     return chosen
+
+
+def literal(name: str) -> str:
+    """Return the shell pattern that matches one name only.
+
+    Example:
+        >>> literal("layer[0]")
+        'layer[[]0]'
+    """
+    return "".join(f"[{character}]" if character in "[*?" else character for character in name)
 
 
 def is_number(value: Any) -> bool:

@@ -1,6 +1,5 @@
 """Edge gradient descent and edge mini-batch gradient descent, in a byte budget."""
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from gristmill.losses import LOSS, attach
 from gristmill.losses import find as find_loss
 from gristmill.model import Model, check_model
 from gristmill.optim import SGD, Optimizer, State, check_optimizer
-from gristmill.runtime.arena import Memory
+from gristmill.runtime.arena import Memory, parse_bytes
 from gristmill.runtime.session import Session
 from gristmill.runtime.threads import check_threads
 from gristmill.tensor.parts import Array
@@ -23,7 +22,6 @@ from gristmill.training.data import model_data
 from gristmill.training.progress import Bar
 
 METHODS = ("mini-batch", "gradient-descent")
-UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True)
@@ -39,22 +37,6 @@ class EdgeResult:
     peak_bytes: int
     plan: MemoryPlan
     history: Mapping[str, Array]
-
-
-def parse_bytes(memory: int | str) -> int:
-    """Return a number of bytes from 4194304, "4MiB" or "4 MB".
-
-    Raises:
-        ModelError: it is no positive amount of bytes.
-
-    Example:
-        >>> parse_bytes("4MiB")
-        4194304
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(memory))
-    if not match or match[2] not in UNITS or float(match[1]) <= 0:
-        raise ModelError(f"memory must be bytes or a text such as '4MiB' or '512 KiB', got {memory!r}")
-    return int(float(match[1]) * UNITS[match[2]])
 
 
 class EdgeTrainer:

@@ -13,14 +13,15 @@ __all__ = ["check_target", "load", "save"]
 
 MODULES = {".safetensors": "native", ".onnx": "onnx"}  # by suffix; imported when a file of theirs is met
 FOLDERS = "hf"
+OWN_FILE = "model.safetensors"  # of a folder that is not Hugging Face's
 
 
 def load(path: str | os.PathLike[str]) -> Model:
     """Read a model; the suffix of the path tells the format.
 
     Args:
-        path: a native `.safetensors` file, an `.onnx` file (extra `onnx`), or a Hugging Face folder (config.json,
-            model.safetensors; see `formats.hf`).
+        path: a native `.safetensors` file, or a folder that holds one as model.safetensors and no config.json; an `.onnx` file
+            (extra `onnx`); or a Hugging Face folder (config.json, model.safetensors; see `formats.hf`).
 
     Raises:
         FormatError: the format is unknown, or the file is damaged, hostile or holds no graph.
@@ -36,6 +37,8 @@ def load(path: str | os.PathLike[str]) -> Model:
     found = Path(path)
     if not found.exists():
         raise FileNotFoundError(f"there is no model file {path}")
+    if found.is_dir() and not (found / "config.json").exists() and (found / OWN_FILE).exists():
+        found = found / OWN_FILE
     if not found.is_dir() and found.suffix not in MODULES:
         raise FormatError(f"{path}: loading {found.suffix or 'such'} files is not yet supported; known: {', '.join(MODULES)}")
     model: Model = _module(FOLDERS if found.is_dir() else MODULES[found.suffix]).load(found)

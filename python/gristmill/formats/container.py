@@ -8,7 +8,7 @@ import json
 import mmap
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any
@@ -175,3 +175,17 @@ def little_endian(arrays: Mapping[str, Array]) -> dict[str, Array]:
             raise FormatError(f"tensor '{name}' has dtype {array.dtype}, which cannot be stored")
         stored[name] = np.ascontiguousarray(array, dtype).reshape(array.shape)
     return stored
+
+
+def release(arrays: Iterable[Array]) -> None:
+    """Give back the memory that pages of mapped files take; they are read again when they are touched again."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    for array in arrays:
+        base: Any = array
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if isinstance(base, memoryview):
+            base = base.obj
+        if isinstance(base, mmap.mmap) and memoryview(base).readonly:  # what was written to a private map would be lost
+            base.madvise(mmap.MADV_DONTNEED)

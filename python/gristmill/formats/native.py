@@ -41,7 +41,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
         >>> load(path).weights
         ('layer0.weight',)
     """
-    arrays, metadata = _encode(model)
+    arrays, metadata = encode(model)
     with replacing(path) as temporary:
         try:
             save_file(arrays, temporary, metadata)
@@ -68,7 +68,7 @@ def to_bytes(model: Model) -> bytes:
     Raises:
         FormatError: as `save`.
     """
-    arrays, metadata = _encode(model)
+    arrays, metadata = encode(model)
     return serialize(arrays, metadata)
 
 
@@ -86,7 +86,12 @@ def from_bytes(data: bytes | bytearray | memoryview) -> Model:
     return _decode(bytes(data))
 
 
-def _encode(model: Model) -> tuple[dict[str, Array], dict[str, str]]:
+def encode(model: Model) -> tuple[dict[str, Array], dict[str, str]]:
+    """Return the arrays and the metadata of a model's file.
+
+    Raises:
+        FormatError: as `save`.
+    """
     arrays: dict[str, Array] = {}
     tensors = []
     for name, tensor in model.tensors.items():

@@ -194,7 +194,7 @@ class LinearGradWeight(Op):
 
 def bind_gain_gradient(node: Node, binder: Binder, tensor: Int4, dy: Any, grad: Any) -> None:
     """Append the gradient of gains on the rows of W: the sum over m of dy * (x @ W.T without gains). No matrix dW is made."""
-    codes, scales, offsets, m = binder.groups(node.inputs[1], tensor.group)
+    codes, scales, offsets, m = binder.grouped_codes(node.inputs[1], tensor.group)
     product = binder.scratch(m * tensor.shape[0], np.float32).reshape(*dy.shape)
     packed = binder.packed(node.inputs[2], _core.pack_int4)
     binder.step(_core.linear_int4, codes, scales, offsets, m, packed, None, product, None, None, None)

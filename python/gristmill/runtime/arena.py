@@ -1,6 +1,7 @@
 """Memory: buffers with lifetimes, packed into one allocation."""
 
 import os
+import re
 import threading
 from collections.abc import Sequence
 from functools import cache
@@ -8,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from gristmill.errors import BudgetError
+from gristmill.errors import BudgetError, ModelError
 from gristmill.tensor.parts import Array
 
 ALIGN = 64
 FOREVER = 1 << 60
+UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 class Buffer:
@@ -131,3 +133,19 @@ def allocate(nbytes: int) -> Array:
     raw = np.empty(nbytes + ALIGN, np.uint8)
     skip = -raw.ctypes.data % ALIGN
     return raw[skip : skip + nbytes]
+
+
+def parse_bytes(memory: int | str) -> int:
+    """Return a number of bytes from 4194304, "4MiB" or "4 MB".
+
+    Raises:
+        ModelError: it is no positive amount of bytes.
+
+    Example:
+        >>> parse_bytes("4MiB")
+        4194304
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(memory))
+    if not match or match[2] not in UNITS or float(match[1]) <= 0:
+        raise ModelError(f"memory must be bytes or a text such as '4MiB' or '512 KiB', got {memory!r}")
+    return int(float(match[1]) * UNITS[match[2]])

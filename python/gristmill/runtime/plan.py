@@ -197,7 +197,7 @@ class Layout:
             self.panels[key] = (codes, scales, zeros)
         return (*self.panels[key], m)
 
-    def groups(self, name: str, group: int) -> tuple[Buffer, Buffer, Buffer, int]:
+    def grouped_codes(self, name: str, group: int) -> tuple[Buffer, Buffer, Buffer, int]:
         """A value quantised to int8 with a scale for each group of a row: codes, scales, offsets and the number of rows.
 
         Made once and shared.

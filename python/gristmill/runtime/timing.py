@@ -30,14 +30,14 @@ def latency(session: "Session", inputs: Mapping[str, Array]) -> float:
     return median(times)
 
 
-def random_inputs(model: Model, batch: int, seed: int = 0) -> dict[str, Array]:
+def random_inputs(model: Model, batch: int, seed: int = 0, length: int = LENGTH) -> dict[str, Array]:
     """Draw inputs for a model: normal floats, ids within the tables that they are looked up in, ones for masks and flags.
 
-    Symbolic leading dimensions are set to `batch`, other ones to LENGTH.
+    Symbolic leading dimensions are set to `batch`, other ones to `length`.
     """
     leading = {kind.shape[0] for kind in model.inputs.values() if kind.shape}
     shapes = {
-        name: tuple((batch if dim in leading else LENGTH) if isinstance(dim, str) else dim for dim in kind.shape)
+        name: tuple((batch if dim in leading else length) if isinstance(dim, str) else dim for dim in kind.shape)
         for name, kind in model.inputs.items()
     }
     return draw(model, shapes, seed)

@@ -19,6 +19,7 @@ from gristmill.training.data import model_data, own_data
 from gristmill.training.engine import Engine
 from gristmill.training.loop import Descent, Measure, Outcome, Settings
 from gristmill.training.server import Report
+from gristmill.training.sparsity import GradualPruning
 from gristmill.training.spec import describe
 from gristmill.training.task import SINGLE, Arrays, FunctionTask, GradientFunction, ModelTask
 
@@ -71,6 +72,7 @@ def fit(
     validation: Any = None,
     metric: str | Callable[[Array, Array], float] | None = None,
     trainable: Iterable[str] | None = None,
+    pruning: GradualPruning | None = None,
     precision: str | None = None,
     threads: int | None = None,
     worker_timeout: float = 300.0,
@@ -86,7 +88,7 @@ def fit(
         data: `(x, y)`, where x is an array, or for a model with several inputs a mapping by input name or a tuple in their
             order; or all arrays by input name (`labels` or `target`, `teacher`). The first axis is the examples. Dtypes are
             converted by NumPy's "same_kind" rule: float64 to float32, any integers to int64 labels.
-        loss: "cross_entropy", "mse", "cosine", or what `losses.distillation` returns.
+        loss: "cross_entropy", "mse", "cosine", or what `losses.distillation` or `losses.weighted` returns.
         optimizer: applied by the server.
         workers: how many compute gradients.
         engine: "processes" or "inline" (in this process, one after the other).
@@ -101,6 +103,8 @@ def fit(
         validation: as `data`; measured by `metric` after each epoch.
         metric: "accuracy", "cross_entropy", "mse", or a function of (output, target). Default: accuracy, or mse for that loss.
         trainable: names of the tensors to train. Default: all float tensors that influence the output.
+        pruning: a schedule along which weights become zero while they train; the trained model still stores them dense, see
+            `Prune` for sparse forms.
         precision: of the workers' sessions: None, or "bf16" for products of bfloat16 with float32 sums, parameters and optimizer,
             where the CPU is fast at it.
         threads: of each worker. Default: cores / workers, at least 1.
@@ -145,10 +149,12 @@ def fit(
     names = trainable_names(model, chosen, trainable)
     spec, initial = describe({name: model.tensors[name].trainable for name in names})
     measure, named = measurement(model, chosen, validation, metric)
-    identity: dict[str, Any] = {"loss": [chosen.op, dict(chosen.attributes)], "metric": named, "model": fingerprint(model, names)}
+    identity: dict[str, Any] = {"loss": chosen.as_dict(), "metric": named, "model": fingerprint(model, names)}
     if precision == "bf16":
         identity["precision"] = precision
-    outcome = Descent(ModelTask(model, chosen, precision), spec, arrays, settings, identity, measure).run(initial)
+    if pruning is not None:
+        identity["pruning"] = pruning.describe()
+    outcome = Descent(ModelTask(model, chosen, precision), spec, arrays, settings, identity, measure, pruning).run(initial)
     return _fit_result(model, chosen, settings, outcome)
 
 
@@ -272,7 +278,7 @@ def measurement(
         if metric is not None:
             raise DataError("metric= is measured on validation data; give validation=(x, y) too")
         return None, None
-    target = next(name for name in (losses.LABELS, losses.TARGET) if name in loss.extra)
+    target = losses.LABELS if losses.LABELS in loss.extra else losses.TARGET
     chosen = metric or DEFAULT_METRICS[target]
     plain = losses.find("cross_entropy" if target == losses.LABELS else "mse")
     if isinstance(validation, Mapping):

@@ -35,6 +35,7 @@ from gristmill.training.engine import Engine, Job, find
 from gristmill.training.interrupts import Interrupts
 from gristmill.training.progress import Bar
 from gristmill.training.server import Report, Server
+from gristmill.training.sparsity import GradualPruning, Masks
 from gristmill.training.spec import Spec
 from gristmill.training.task import Task
 
@@ -121,6 +122,7 @@ class Descent:
         settings: how to descend.
         identity: further settings that a checkpoint must have in common.
         measure: given the parameters as they change, returns what computes the metrics of an epoch.
+        pruning: what becomes of weights after each update.
     """
 
     def __init__(
@@ -131,8 +133,10 @@ class Descent:
         settings: Settings,
         identity: Mapping[str, Any] | None = None,
         measure: Measure | None = None,
+        pruning: GradualPruning | None = None,
     ) -> None:
         self.task, self.spec, self.data, self.settings, self.measure = task, spec, data, settings, measure
+        self.pruning = pruning
         self.examples = len(next(iter(data.values())))
         self.batch_size = min(settings.batch_size or self.examples, self.examples)
         self.shuffled = self.batch_size < self.examples  # the order within a full batch is of no consequence
@@ -167,6 +171,7 @@ class Descent:
         self.spec.write(initial, arena.params)
         if settings.resume and settings.checkpoint is not None and Path(settings.checkpoint).exists():
             checkpoint.load(settings.checkpoint, self.state, self.spec, self.fingerprint)
+        self.masks = None if self.pruning is None else Masks(self.pruning, self.spec.views(arena.params), self.threads)
         self.engine.broadcast("params")
         metrics = self.measure(self.spec.views(arena.params)) if self.measure else dict
         with Bar(settings.progress, settings.until.epochs, self.steps) as bar:
@@ -197,6 +202,8 @@ class Descent:
             loss, squares = self.aggregator.combine(leases, losses, step)
             with self.interrupts.held():
                 settings.optimizer.update(state.params, self.aggregator.gradient, state.optimizer, step, squares, self.threads)
+                if self.masks is not None:
+                    self.masks.apply(step)
                 self.engine.broadcast("params")
                 self._advance(loss, squares, leases[-1].stop - leases[0].start, perf_counter() - started)
             bar.step(state.cursor.epoch, state.cursor.batch, loss)

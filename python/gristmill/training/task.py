@@ -4,7 +4,7 @@ A task is a description that travels to workers; `build` makes the thing that co
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,8 +51,7 @@ class ModelTask:
         return _ModelGradient(self, params, threads)
 
     def encode(self) -> tuple[dict[str, Any], bytes]:
-        loss = asdict(self.loss) | {"attributes": dict(self.loss.attributes)}
-        return {"kind": "model", "loss": loss, "precision": self.precision}, native.to_bytes(self.model)
+        return {"kind": "model", "loss": self.loss.as_dict(), "precision": self.precision}, native.to_bytes(self.model)
 
 
 class _ModelGradient:
@@ -145,7 +144,7 @@ def restructured(batch: dict[str, Array], structure: str) -> Batch:
 def decode(header: dict[str, Any], payload: bytes) -> Task:
     """Rebuild a task in a worker. The payload comes from the process that started it, never from a file or a network."""
     if header["kind"] == "model":
-        return ModelTask(native.from_bytes(payload), losses.Loss(**header["loss"]), header["precision"])
+        return ModelTask(native.from_bytes(payload), losses.Loss.from_dict(header["loss"]), header["precision"])
     import cloudpickle
 
     return FunctionTask(cloudpickle.loads(payload), header["structure"], header["single"])

@@ -16,7 +16,7 @@
 
 enum {
     GROUP_BLOCK_BYTES = 384 * 1024, /* codes of a block of row groups: leaves room in a 1 MiB L2 for the panel and the output */
-    STRIP = 128,                    /* rows quantised at a time in the "lanes" layout: both passes find the strip in L2 */
+    STRIP = FC_INT8_TILE,           /* rows quantised at a time at most: both passes find the strip in L2 */
 };
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -105,7 +105,7 @@ static void quantize_strip(const fc_quantize_activations_args *a, int64_t first,
     if (a->scale != 0.0f) {
         for (int64_t r = 0; r < count; r++) {
             a->scales[first + r] = a->scale;
-            a->zeros[first + r] = a->zero_point;
+            if (a->zeros) a->zeros[first + r] = a->zero_point;
         }
         if (a->x_lanes)
             fc_kernels.quantize_static_lanes_f32_u8(x, a->m, count, a->k, a->scale, a->zero_point, out, out_stride);
@@ -127,22 +127,33 @@ static void quantize_strip(const fc_quantize_activations_args *a, int64_t first,
         fc_kernels.quantize_rows_f32_u8(x, a->k, count, a->k, inverse, zeros, out, out_stride);
 }
 
+/* Rows begin ... end of a panel of lanes: strips end where tiles do, for a tile has its own stride. The rank of the last rows
+ * fills up the last tile. */
+static void quantize_to_lanes(const fc_quantize_activations_args *a, int64_t begin, int64_t end) {
+    const int64_t k4 = (a->k + 3) / 4, padded = (a->m + FC_INT8_LANES - 1) / FC_INT8_LANES * FC_INT8_LANES;
+    for (int64_t first = begin, next; first < end; first = next) {
+        const int64_t tile = first / FC_INT8_TILE * FC_INT8_TILE, width = smaller(FC_INT8_TILE, padded - tile);
+        uint8_t *out = a->codes + tile * k4 * 4;
+        next = smaller(tile + FC_INT8_TILE, end);
+        quantize_strip(a, first, next - first, out + (first - tile) * 4, width);
+        for (int64_t i = 0; i < k4 && next == a->m; i++)
+            memset(out + (i * width + next - tile) * 4, 128, (size_t)(padded - next) * 4);
+    }
+}
+
 void fc_quantize_activations(const void *args, int rank, int size) {
     const fc_quantize_activations_args *a = args;
-    const int lanes = a->layout == FC_PANEL_LANES;
-    const int64_t k4 = (a->k + 3) / 4, strip = lanes ? STRIP : FC_INT8_ROWS;
-    const int64_t padded = (a->m + FC_INT8_LANES - 1) / FC_INT8_LANES * FC_INT8_LANES;
+    const int64_t k4 = (a->k + 3) / 4;
     int64_t begin, end;
-    fc_partition(a->m, lanes ? FC_INT8_LANES : FC_INT8_ROWS, rank, size, &begin, &end);
-    for (int64_t first = begin; first < end; first += strip) {
-        const int64_t count = smaller(strip, end - first);
-        if (lanes)
-            quantize_strip(a, first, count, a->codes + first * 4, padded);
-        else
-            quantize_strip(a, first, count, a->codes + first * k4 * 4, count);
+    fc_partition(a->m, a->layout == FC_PANEL_LANES ? FC_INT8_LANES : FC_INT8_ROWS, rank, size, &begin, &end);
+    if (a->layout == FC_PANEL_LANES) {
+        quantize_to_lanes(a, begin, end);
+        return;
     }
-    if (!lanes || begin == end || end < a->m) return;
-    for (int64_t i = 0; i < k4; i++) memset(a->codes + (i * padded + a->m) * 4, 128, (size_t)(padded - a->m) * 4);
+    for (int64_t first = begin; first < end; first += FC_INT8_ROWS) {
+        const int64_t count = smaller(FC_INT8_ROWS, end - first);
+        quantize_strip(a, first, count, a->codes + first * k4 * 4, count);
+    }
 }
 
 /* ---- the packed weight ---- */

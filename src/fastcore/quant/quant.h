@@ -7,7 +7,8 @@
  *
  * Panels of quantised activations x[m, k], K4 = ceil(k / 4); the pad of the last dword along k is the row's zero point:
  *   "tile"   [ceil(m / 12)][K4][12] dwords, for the dense product. The last group holds only its m % 12 rows: [K4][m % 12].
- *   "lanes"  [K4][Mp] dwords, Mp = m rounded up to a multiple of 16, pad rows 128, for the sparse product.
+ *   "lanes"  [ceil(m / 64)][K4][64] dwords, for the sparse product. The last tile holds only its rows, rounded up to a multiple
+ *            of 16 with pad rows of 128: [K4][16, 32 or 48].
  *
  * Quantising a row, each operation rounded to float32:
  *   "tile"   low = min(0, min x), high = max(0, max x), half = high / 2 - low / 2 (half, for high - low may overflow);
@@ -18,7 +19,7 @@
  * that everything computed from it is NaN; its codes are of no meaning (but the same everywhere).
  *
  * Static scales, chosen beforehand: q = clip(round half even(x / scale) + zero, 0, 255), as ONNX QuantizeLinear has it, with one
- * scale and zero point for all rows. Infinities are clipped too; NaN counts as 0. "tile" panels only.
+ * scale and zero point for all rows, in either layout. Infinities are clipped too; NaN counts as 0.
  */
 #ifndef FC_QUANT_H
 #define FC_QUANT_H
@@ -34,6 +35,7 @@ enum {
     FC_INT8_ROWS = 12,       /* rows of x in a group of the "tile" layout */
     FC_INT8_COLUMNS = 32,    /* rows of the weight in a packed panel */
     FC_INT8_LANES = 16,      /* what the "lanes" layout rounds m up to */
+    FC_INT8_TILE = 64,       /* rows of x in a tile of the "lanes" layout */
     FC_LANES_MAX_K = 133143, /* floor((2^31 - 1) / 127^2) */
     FC_TILE_MAX_K = 66311,   /* floor((2^31 - 1) / (127 * 255)) */
 };
@@ -126,7 +128,7 @@ typedef struct fc_quantize_activations_args {
     fc_panel_layout layout;
     uint8_t *codes; /* fc_codes_nbytes(m, k, layout) */
     float *scales;  /* [m] */
-    int32_t *zeros; /* [m], or NULL in layout "lanes", where all are 128 */
+    int32_t *zeros; /* [m], or NULL in layout "lanes" where all are 128 */
     int symmetric;  /* quantise rows as layout "lanes" does, whatever the layout */
     float scale;    /* a static one, or 0 to take each row's own */
     int zero_point; /* of the static scale */

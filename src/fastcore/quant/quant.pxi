@@ -105,14 +105,14 @@ def codes_nbytes(int64_t m, int64_t k, str layout):
     return fc_codes_nbytes(m, k, PANEL_LAYOUTS[layout])
 
 
-cdef int check_static(float scale, int zero_point, str layout) except -1:
+cdef int check_static(float scale, int zero_point, object zeros) except -1:
     """Refuse a static scale or zero point that the kernels cannot take."""
     if not 2.0**-100 <= scale <= 2.0**100 or not 0 <= zero_point <= 255:
         raise ValueError(
             f"a static scale lies within 2**-100 and 2**100, a zero point within 0 and 255; got {scale}, {zero_point}"
         )
-    if layout != "tile":
-        raise ValueError("static scales are for the dense product, layout tile")
+    if zeros is None and zero_point != 128:
+        raise ValueError(f"a static zero point of {zero_point}, not 128, needs zeros")
     return 0
 
 
@@ -123,8 +123,9 @@ def quantize_activations(
     """Append: quantise float32 x per row m (rows [M, K], or lanes [K, M] if `lanes`): a uint8 panel, scales[M], int32 zeros[M].
 
     A code stands for (code - zero) * scale. Layout "tile" spreads the 256 codes from min(0, min x) to max(0, max x); layout
-    "lanes" is symmetric, has 128 for all zeros and needs no `zeros`; with `symmetric` "tile" has these codes too. A row of zeros
-    (or below 2^-119) has scale 1; a row with a value that is not finite has scale NaN, and so has every output computed from it.
+    "lanes" is symmetric, has 128 for all zeros and needs no `zeros` unless a static zero point is another; with `symmetric` "tile"
+    has these codes too. A row of zeros (or below 2^-119) has scale 1; a row with a value that is not finite has scale NaN, and so
+    has every output computed from it.
 
     With a static `scale`, codes = clip(round half even(x / scale) + zero_point, 0, 255), and all scales and zeros are these; NaN
     counts as 0.
@@ -142,7 +143,7 @@ def quantize_activations(
     args.symmetric = symmetric
     args.scale, args.zero_point = 0.0, zero_point
     if scale is not None:
-        check_static(scale, zero_point, layout)
+        check_static(scale, zero_point, zeros)
         args.scale = scale
     program.add(fc_quantize_activations, &args, sizeof(args), (x, codes, scales, zeros))
 

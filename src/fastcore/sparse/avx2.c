@@ -1,90 +1,19 @@
-/* AVX2 and FMA: magnitudes, and products in blocks with lanes along M.
+/* AVX2 and FMA: products in blocks with lanes along M.
  *
- * Products: a tile is cut into slices of at most eight registers of sums. fp32: broadcast and FMA, bound by the load ports. int8:
- * codes become signed, vpsignb moves the signs of the weights onto them, vpmaddubsw multiplies by the weights' magnitudes (two
- * products of at most 127 * 128 cannot saturate 16 bits), vpmaddwd by ones widens; three instructions per 32 multiplications
- * bind.
+ * A tile is cut into slices of at most eight registers of sums. fp32: broadcast and FMA, bound by the load ports. int8: codes and
+ * weights are split into their even and their odd bytes as 16-bit numbers, which vpmaddwd multiplies and adds without
+ * saturation; two of them per 32 multiplications bind.
  */
 #include "body.h"
 
 #ifdef FC_X86
 FC_TARGET_AVX2
-#include "narrow.h"
-
-FC_INLINE uint32_t magnitude(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits & 0x7fffffffu;
-}
-
-FC_INLINE __m256i magnitudes(const float *x) {
-    return _mm256_and_si256(_mm256_loadu_si256((const __m256i *)x), _mm256_set1_epi32(0x7fffffff));
-}
-
-FC_INLINE uint32_t lanes_of(__m256i comparison) { return (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(comparison)); }
-
-static void count_magnitudes_f32_avx2(const float *x, int64_t n, uint32_t low, int shift, int64_t buckets,
-                                      fc_magnitude_counts *counts) {
-    /* Magnitudes are below 1 << 31, so signed comparisons order them; low and the window's end fit likewise. */
-    const __m256i infinity = _mm256_set1_epi32(0x7f800000), lows = _mm256_set1_epi32((int)low);
-    const uint32_t last = (uint32_t)(low + ((uint64_t)buckets << shift) - 1);
-    const __m256i lasts = _mm256_set1_epi32((int)last);
-    __m256i nan = _mm256_setzero_si256();
-    int64_t i = 0, below = 0;
-    for (; i + 8 <= n; i += 8) {
-        const __m256i bits = magnitudes(x + i), under = _mm256_cmpgt_epi32(lows, bits), over = _mm256_cmpgt_epi32(bits, lasts);
-        nan = _mm256_or_si256(nan, _mm256_cmpgt_epi32(bits, infinity));
-        below += __builtin_popcount(lanes_of(under));
-        for (uint32_t inside = ~lanes_of(_mm256_or_si256(under, over)) & 0xff; inside; inside &= inside - 1)
-            counts->buckets[(magnitude(x[i + __builtin_ctz(inside)]) - low) >> shift]++;
-    }
-    counts->below += below;
-    counts->nan += lanes_of(nan) != 0;
-    for (; i < n; i++) {
-        const uint32_t bits = magnitude(x[i]);
-        counts->nan += bits > 0x7f800000u;
-        counts->below += bits < low;
-        if (bits >= low && bits <= last) counts->buckets[(bits - low) >> shift]++;
-    }
-}
-
-static int64_t mask_magnitudes_f32_avx2(const float *x, int64_t n, uint32_t threshold, int64_t drop, uint8_t *mask) {
-    const __m256i thresholds = _mm256_set1_epi32((int)threshold), one = _mm256_set1_epi8(1);
-    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* undoes the packs, which work within halves */
-    int64_t i = 0;
-    while (i + 32 <= n) {
-        __m256i under[4], equal = _mm256_setzero_si256();
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            const __m256i bits = magnitudes(x + i + 8 * j);
-            under[j] = _mm256_cmpgt_epi32(thresholds, bits);
-            equal = _mm256_or_si256(equal, _mm256_cmpeq_epi32(thresholds, bits));
-        }
-        const __m256i words = _mm256_packs_epi32(under[0], under[1]), more = _mm256_packs_epi32(under[2], under[3]);
-        const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words, more), order);
-        _mm256_storeu_si256((__m256i *)(mask + i), _mm256_andnot_si256(bytes, one));
-        if (drop > 0 && lanes_of(equal))
-            for (int64_t j = i; j < i + 32 && drop > 0; j++)
-                if (magnitude(x[j]) == threshold) mask[j] = 0, drop--;
-        i += 32;
-    }
-    for (; i < n; i++) {
-        const uint32_t bits = magnitude(x[i]);
-        const int dropped = bits == threshold && drop > 0;
-        mask[i] = bits >= threshold && !dropped;
-        drop -= dropped;
-    }
-    return drop;
-}
-
-static void sum_block_squares_f32_avx2(const float *weight, int64_t columns, int64_t block_rows, int64_t block_cols, float *out) {
-    sum_block_squares(weight, columns, block_rows, block_cols, out);
-}
+#include "narrow_f32.h"
 
 /* ---- fp32: R x C blocks, V registers (8 columns each) from `offset` on, G row groups side by side ---- */
 
 FC_INLINE void add_block_f32(const fc_blocks_tile *t, int64_t b, int64_t offset, int R, int C, int V, __m256 *sum) {
-    const float *x = (const float *)t->panel + (int64_t)(t->index[b] - t->base) * C * t->width + offset;
+    const float *x = (const float *)t->panel + (int64_t)(t->index[b] - t->base) * C * t->stride + offset;
     const float *w = (const float *)t->values + b * R * C;
 #pragma GCC unroll 4
     for (int c = 0; c < C; c++)
@@ -93,7 +22,7 @@ FC_INLINE void add_block_f32(const fc_blocks_tile *t, int64_t b, int64_t offset,
             const __m256 weight = _mm256_set1_ps(w[r * C + c]);
 #pragma GCC unroll 8
             for (int v = 0; v < V; v++)
-                sum[r * V + v] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(x + c * t->width + v * 8), sum[r * V + v]);
+                sum[r * V + v] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(x + c * t->stride + v * 8), sum[r * V + v]);
         }
 }
 
@@ -126,7 +55,7 @@ FC_INLINE void add_slice_f32(const fc_blocks_tile *t, int64_t offset, int R, int
 FC_INLINE void add_blocks_f32(const fc_blocks_tile *t, int R, int C) {
     const int64_t widest = 64 / R;
     int64_t offset = 0;
-    if (t->width == 4) add_narrow_tile(t, R, C);
+    if (t->width == 4) add_narrow_tile_f32(t, R, C);
     for (; offset + widest <= t->width; offset += widest) add_slice_f32(t, offset, R, C, 8 / R);
     if (R == 1 && offset + 32 <= t->width) add_slice_f32(t, offset, R, C, 4), offset += 32;
     if (R <= 2 && offset + 16 <= t->width) add_slice_f32(t, offset, R, C, 2);
@@ -146,25 +75,34 @@ static void multiply_blocks_f32_avx2(const fc_blocks_tile *tile) {
 /* ---- int8: R x 4 blocks, V registers (8 columns of four codes each) from `offset` on ---- */
 
 FC_INLINE void add_block_u8_s8(const fc_blocks_tile *t, int64_t b, int64_t offset, int R, int V, __m256i *sum) {
-    const uint8_t *x = (const uint8_t *)t->panel + ((int64_t)(t->index[b] - t->base) * t->width + offset) * 4;
+    const uint8_t *x = (const uint8_t *)t->panel + ((int64_t)(t->index[b] - t->base) * t->stride + offset) * 4;
     const int8_t *w = (const int8_t *)t->values + b * R * 4;
-    __m256i weights[4], sizes[4];
+    const __m256i low = _mm256_set1_epi16(0xff);
+    __m256i even[4], odd[4];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
         int32_t four;
         memcpy(&four, w + r * 4, sizeof four);
-        weights[r] = _mm256_set1_epi32(four);
-        sizes[r] = _mm256_abs_epi8(weights[r]);
+        odd[r] = _mm256_srai_epi16(_mm256_set1_epi32(four), 8);
+        even[r] = _mm256_srai_epi16(_mm256_slli_epi16(_mm256_set1_epi32(four), 8), 8);
     }
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) {
-        const __m256i q = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(x + v * 32)), _mm256_set1_epi8(-128));
+        const __m256i codes = _mm256_loadu_si256((const __m256i *)(x + v * 32));
+        const __m256i evens = _mm256_and_si256(codes, low), odds = _mm256_srli_epi16(codes, 8);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-            const __m256i pairs = _mm256_maddubs_epi16(sizes[r], _mm256_sign_epi8(q, weights[r]));
-            sum[r * V + v] = _mm256_add_epi32(sum[r * V + v], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+            sum[r * V + v] = _mm256_add_epi32(sum[r * V + v], _mm256_madd_epi16(even[r], evens));
+            sum[r * V + v] = _mm256_add_epi32(sum[r * V + v], _mm256_madd_epi16(odd[r], odds));
+            __asm__("" : "+x"(sum[r * V + v])); /* keeps the sum in its register */
         }
     }
+}
+
+/* What the sums of a row start from in eight columns. */
+FC_INLINE __m256i start_u8_s8(const fc_blocks_tile *t, int64_t row, int64_t column) {
+    const __m256i zeros = _mm256_load_si256((const __m256i *)(t->zeros + column));
+    return _mm256_mullo_epi32(_mm256_set1_epi32((int32_t)-(uint32_t)t->sums[row]), zeros);
 }
 
 FC_INLINE void add_slice_u8_s8(const fc_blocks_tile *t, int64_t offset, int R, int V) {
@@ -173,42 +111,26 @@ FC_INLINE void add_slice_u8_s8(const fc_blocks_tile *t, int64_t offset, int R, i
         int32_t *sums = (int32_t *)t->sum + g * R * t->width + offset;
 #pragma GCC unroll 8
         for (int i = 0; i < R * V; i++)
-            sum[i] =
-                t->first ? _mm256_setzero_si256() : _mm256_load_si256((const __m256i *)(sums + i / V * t->width + i % V * 8));
+            sum[i] = t->first ? start_u8_s8(t, g * R + i / V, offset + i % V * 8)
+                              : _mm256_load_si256((const __m256i *)(sums + i / V * t->width + i % V * 8));
         for (int64_t b = t->begin[g]; b < t->end[g]; b++) add_block_u8_s8(t, b, offset, R, V, sum);
 #pragma GCC unroll 8
         for (int i = 0; i < R * V; i++) _mm256_store_si256((__m256i *)(sums + i / V * t->width + i % V * 8), sum[i]);
     }
 }
 
-/* At most four columns: one 128-bit register per row. */
-FC_INLINE void add_narrow_tile_u8_s8(const fc_blocks_tile *t, int R) {
-    for (int64_t g = 0; g < t->groups; g++) {
-        __m128i sum[4];
-        int32_t *sums = (int32_t *)t->sum + g * R * 4;
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) sum[r] = t->first ? _mm_setzero_si128() : _mm_load_si128((const __m128i *)(sums + r * 4));
-        for (int64_t b = t->begin[g]; b < t->end[g]; b++) {
-            const __m128i x = _mm_load_si128((const __m128i *)t->panel + (t->index[b] - t->base));
-            const __m128i q = _mm_xor_si128(x, _mm_set1_epi8(-128));
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) {
-                int32_t four;
-                memcpy(&four, (const int8_t *)t->values + (b * R + r) * 4, sizeof four);
-                const __m128i weights = _mm_set1_epi32(four);
-                const __m128i pairs = _mm_maddubs_epi16(_mm_abs_epi8(weights), _mm_sign_epi8(q, weights));
-                sum[r] = _mm_add_epi32(sum[r], _mm_madd_epi16(pairs, _mm_set1_epi16(1)));
-            }
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) _mm_store_si128((__m128i *)(sums + r * 4), sum[r]);
-    }
+FC_INLINE __m128i dot(__m128i sum, __m128i codes, __m128i weights) {
+    const __m128i evens = _mm_and_si128(codes, _mm_set1_epi16(0xff)), odds = _mm_srli_epi16(codes, 8);
+    const __m128i even = _mm_srai_epi16(_mm_slli_epi16(weights, 8), 8), odd = _mm_srai_epi16(weights, 8);
+    return _mm_add_epi32(sum, _mm_add_epi32(_mm_madd_epi16(evens, even), _mm_madd_epi16(odds, odd)));
 }
+
+#include "narrow_int8.h"
 
 FC_INLINE void add_blocks_u8_s8(const fc_blocks_tile *t, int R) {
     const int64_t widest = 64 / R;
     int64_t offset = 0;
-    if (t->width == 4) add_narrow_tile_u8_s8(t, R);
+    if (t->width < 16) add_narrow(t, R);
     for (; offset + widest <= t->width; offset += widest) add_slice_u8_s8(t, offset, R, 8 / R);
     if (R == 1 && offset + 32 <= t->width) add_slice_u8_s8(t, offset, R, 4), offset += 32;
     if (R <= 2 && offset + 16 <= t->width) add_slice_u8_s8(t, offset, R, 2);
@@ -229,9 +151,6 @@ static void finish_lanes_s32_avx2(const fc_lanes_epilogue *epilogue) { finish_la
 FC_TARGET_END
 
 void fc_sparse_install_avx2(fc_table *table) {
-    FC_INSTALL(table, count_magnitudes_f32, avx2);
-    FC_INSTALL(table, mask_magnitudes_f32, avx2);
-    FC_INSTALL(table, sum_block_squares_f32, avx2);
     FC_INSTALL(table, multiply_blocks_f32, avx2);
     FC_INSTALL(table, multiply_blocks_u8_s8, avx2);
     FC_INSTALL(table, finish_lanes_f32, avx2);

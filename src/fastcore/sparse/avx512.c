@@ -1,92 +1,18 @@
-/* AVX-512: magnitudes, and fp32 products in blocks with lanes along M.
+/* AVX-512: fp32 products in blocks with lanes along M.
  *
- * Products: each stored weight is broadcast and multiplied into up to four registers, 64 columns of M; one index serves a whole
+ * Each stored weight is broadcast and multiplied into up to four registers, 64 columns of M; one index serves a whole
  * block. A 1x1 or 1x4 block costs five loads per four FMAs, so the load port binds; r x 4 blocks load the panel once for r rows.
  * Narrow tiles take several row groups side by side, so that enough independent sums hide the latency of the FMA.
- *
- * Magnitudes: the window's members are compressed without a branch into a small buffer that feeds the histogram; where the window
- * is narrow the pass runs at the speed of memory.
  */
 #include "body.h"
 
 #ifdef FC_X86
 FC_TARGET_AVX512
-#include "narrow.h"
-
-enum { PIECE = 1024 };
-
-FC_INLINE __m512i magnitudes(const float *x) { return _mm512_and_si512(_mm512_loadu_si512(x), _mm512_set1_epi32(0x7fffffff)); }
-
-static void count_magnitudes_f32_avx512(const float *x, int64_t n, uint32_t low, int shift, int64_t buckets,
-                                        fc_magnitude_counts *counts) {
-    const __m512i infinity = _mm512_set1_epi32(0x7f800000), lows = _mm512_set1_epi32((int)low);
-    const __m512i last = _mm512_set1_epi32((int)(uint32_t)(((uint64_t)buckets << shift) - 1));
-    const __m128i shifts = _mm_cvtsi32_si128(shift);
-    uint32_t member[PIECE + 16];
-    int64_t below = 0;
-    __mmask16 nan = 0;
-    for (int64_t begin = 0; begin < n; begin += PIECE) {
-        const int64_t end = begin + PIECE < n ? begin + PIECE : n;
-        int64_t members = 0;
-        for (int64_t i = begin; i < end; i += 16) {
-            const __mmask16 valid = end - i < 16 ? (__mmask16)((1u << (end - i)) - 1) : 0xffff;
-            const __m512i raw = valid == 0xffff ? _mm512_loadu_si512(x + i) : _mm512_maskz_loadu_epi32(valid, x + i);
-            const __m512i bits = _mm512_and_si512(raw, _mm512_set1_epi32(0x7fffffff)), offset = _mm512_sub_epi32(bits, lows);
-            nan |= _mm512_mask_cmpgt_epu32_mask(valid, bits, infinity);
-            below += __builtin_popcount(_mm512_mask_cmplt_epu32_mask(valid, bits, lows));
-            const __mmask16 inside = _mm512_mask_cmple_epu32_mask(valid, offset, last);
-            _mm512_storeu_si512(member + members, _mm512_maskz_compress_epi32(inside, _mm512_srl_epi32(offset, shifts)));
-            members += __builtin_popcount(inside);
-        }
-        for (int64_t i = 0; i < members; i++) counts->buckets[member[i]]++;
-    }
-    counts->below += below;
-    counts->nan += nan != 0;
-}
-
-/* Clear the lowest `count` set bits. */
-FC_INLINE uint64_t clear_lowest(uint64_t bits, int64_t count) {
-    for (; count > 0; count--) bits &= bits - 1;
-    return bits;
-}
-
-static int64_t mask_magnitudes_f32_avx512(const float *x, int64_t n, uint32_t threshold, int64_t drop, uint8_t *mask) {
-    const __m512i thresholds = _mm512_set1_epi32((int)threshold), one = _mm512_set1_epi8(1);
-    int64_t i = 0;
-    for (; i + 64 <= n; i += 64) {
-        uint64_t keep = 0, equal = 0;
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            const __m512i bits = magnitudes(x + i + 16 * j);
-            keep |= (uint64_t)_mm512_cmpge_epu32_mask(bits, thresholds) << (16 * j);
-            equal |= (uint64_t)_mm512_cmpeq_epi32_mask(bits, thresholds) << (16 * j);
-        }
-        if (equal && drop > 0) {
-            const int64_t ties = __builtin_popcountll(equal), dropped = ties < drop ? ties : drop;
-            keep &= ~equal | clear_lowest(equal, dropped);
-            drop -= dropped;
-        }
-        _mm512_storeu_si512(mask + i, _mm512_maskz_mov_epi8(keep, one));
-    }
-    for (; i < n; i++) {
-        uint32_t bits;
-        memcpy(&bits, x + i, sizeof bits);
-        bits &= 0x7fffffffu;
-        const int dropped = bits == threshold && drop > 0;
-        mask[i] = bits >= threshold && !dropped;
-        drop -= dropped;
-    }
-    return drop;
-}
-
-static void sum_block_squares_f32_avx512(const float *weight, int64_t columns, int64_t block_rows, int64_t block_cols,
-                                         float *out) {
-    sum_block_squares(weight, columns, block_rows, block_cols, out);
-}
+#include "narrow_f32.h"
 
 /* Add block b of R x C to the sums of its rows, V registers each. */
 FC_INLINE void add_block(const fc_blocks_tile *t, int64_t b, int R, int C, int V, __m512 *sum) {
-    const float *x = (const float *)t->panel + (int64_t)(t->index[b] - t->base) * C * V * 16;
+    const float *x = (const float *)t->panel + (int64_t)(t->index[b] - t->base) * C * t->stride;
     const float *w = (const float *)t->values + b * R * C;
 #pragma GCC unroll 4
     for (int c = 0; c < C; c++)
@@ -95,7 +21,7 @@ FC_INLINE void add_block(const fc_blocks_tile *t, int64_t b, int R, int C, int V
             const __m512 weight = _mm512_set1_ps(w[r * C + c]);
 #pragma GCC unroll 4
             for (int v = 0; v < V; v++)
-                sum[r * V + v] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(x + (c * V + v) * 16), sum[r * V + v]);
+                sum[r * V + v] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(x + c * t->stride + v * 16), sum[r * V + v]);
         }
 }
 
@@ -126,7 +52,7 @@ FC_INLINE void add_tile(const fc_blocks_tile *t, int G, int R, int C, int V) {
 
 FC_INLINE void add_blocks(const fc_blocks_tile *t, int R, int C) {
     switch (t->width / 16) {
-    case 0: add_narrow_tile(t, R, C); break;
+    case 0: add_narrow_tile_f32(t, R, C); break;
     case 1: add_tile(t, 4 / R, R, C, 1); break;
     case 2: add_tile(t, R == 1 ? 2 : 1, R, C, 2); break;
     case 3: add_tile(t, 1, R, C, 3); break;
@@ -151,9 +77,6 @@ static void finish_lanes_s32_avx512(const fc_lanes_epilogue *epilogue) { finish_
 FC_TARGET_END
 
 void fc_sparse_install_avx512(fc_table *table) {
-    FC_INSTALL(table, count_magnitudes_f32, avx512);
-    FC_INSTALL(table, mask_magnitudes_f32, avx512);
-    FC_INSTALL(table, sum_block_squares_f32, avx512);
     FC_INSTALL(table, multiply_blocks_f32, avx512);
     FC_INSTALL(table, finish_lanes_f32, avx512);
     FC_INSTALL(table, finish_lanes_s32, avx512);

@@ -1,17 +1,21 @@
 /* AVX-512 VNNI: int8 products in blocks, lanes along M.
  *
  * A stored dword (four weights of consecutive K) is broadcast against up to four registers of 16 columns x 4 codes; one vpdpbusd
- * does 64 multiplications. Codes are q + 128, so every sum starts at -128 times the sum of its weights. 1x4 blocks cost five
- * loads per four vpdpbusd (the load port binds); 2x4 and 4x4 load the panel once for all their rows.
+ * does 64 multiplications. Every sum starts at minus the column's zero point times the sum of the row's weights. 1x4 blocks cost
+ * five loads per four vpdpbusd (the load port binds); 2x4 and 4x4 load the panel once for all their rows.
  */
 #include "body.h"
 
 #ifdef FC_X86
 FC_TARGET_AVX512VNNI
 
+FC_INLINE __m128i dot(__m128i sum, __m128i codes, __m128i weights) { return _mm_dpbusd_epi32(sum, codes, weights); }
+
+#include "narrow_int8.h"
+
 /* Add block b of R x 4 to the sums of its rows, V registers each. */
 FC_INLINE void add_block(const fc_blocks_tile *t, int64_t b, int R, int V, __m512i *sum) {
-    const uint8_t *x = (const uint8_t *)t->panel + (int64_t)(t->index[b] - t->base) * V * 64;
+    const uint8_t *x = (const uint8_t *)t->panel + (int64_t)(t->index[b] - t->base) * t->stride * 4;
     const int8_t *w = (const int8_t *)t->values + b * R * 4;
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
@@ -23,13 +27,17 @@ FC_INLINE void add_block(const fc_blocks_tile *t, int64_t b, int R, int V, __m51
     }
 }
 
+/* What the sums of a row start from in register v of the columns. */
+FC_INLINE __m512i start(const fc_blocks_tile *t, int64_t row, int v) {
+    return _mm512_mullo_epi32(_mm512_set1_epi32((int32_t)-(uint32_t)t->sums[row]), _mm512_load_si512(t->zeros + v * 16));
+}
+
 /* U blocks of a row group at a time, each with sums of its own: enough independent chains to hide the latency. */
 FC_INLINE void add_group(const fc_blocks_tile *t, int64_t g, int U, int R, int V) {
     __m512i sum[16];
     int32_t *sums = (int32_t *)t->sum + g * R * V * 16;
 #pragma GCC unroll 16
-    for (int i = 0; i < R * V; i++)
-        sum[i] = t->first ? _mm512_set1_epi32(-128 * t->sums[g * R + i / V]) : _mm512_load_si512(sums + i * 16);
+    for (int i = 0; i < R * V; i++) sum[i] = t->first ? start(t, g * R + i / V, i % V) : _mm512_load_si512(sums + i * 16);
 #pragma GCC unroll 16
     for (int i = R * V; i < U * R * V; i++) sum[i] = _mm512_setzero_si512();
     int64_t b = t->begin[g];
@@ -48,40 +56,9 @@ FC_INLINE void add_tile(const fc_blocks_tile *t, int U, int R, int V) {
     for (int64_t g = 0; g < t->groups; g++) add_group(t, g, U, R, V);
 }
 
-FC_INLINE void add_narrow_block(const fc_blocks_tile *t, int64_t b, int R, __m128i *sum) {
-    const __m128i x = _mm_load_si128((const __m128i *)t->panel + (t->index[b] - t->base));
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-        int32_t four;
-        memcpy(&four, (const int8_t *)t->values + (b * R + r) * 4, sizeof four);
-        sum[r] = _mm_dpbusd_epi32(sum[r], x, _mm_set1_epi32(four));
-    }
-}
-
-/* At most four columns, in 128-bit registers: a wider load would take the load ports longer for nothing. */
-FC_INLINE void add_narrow_tile(const fc_blocks_tile *t, int R) {
-    const int U = 4 / R;
-    for (int64_t g = 0; g < t->groups; g++) {
-        __m128i sum[4], *sums = (__m128i *)t->sum + g * R;
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) sum[r] = t->first ? _mm_set1_epi32(-128 * t->sums[g * R + r]) : _mm_load_si128(sums + r);
-#pragma GCC unroll 4
-        for (int i = R; i < U * R; i++) sum[i] = _mm_setzero_si128();
-        int64_t b = t->begin[g];
-        for (; b + U <= t->end[g]; b += U)
-#pragma GCC unroll 4
-            for (int u = 0; u < U; u++) add_narrow_block(t, b + u, R, sum + u * R);
-        for (; b < t->end[g]; b++) add_narrow_block(t, b, R, sum);
-#pragma GCC unroll 4
-        for (int i = R; i < U * R; i++) sum[i % R] = _mm_add_epi32(sum[i % R], sum[i]);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) _mm_store_si128(sums + r, sum[r]);
-    }
-}
-
 FC_INLINE void add_blocks(const fc_blocks_tile *t, int R) {
     switch (t->width / 16) {
-    case 0: add_narrow_tile(t, R); break;
+    case 0: add_narrow(t, R); break;
     case 1: add_tile(t, 4 / R, R, 1); break;
     case 2: add_tile(t, R == 1 ? 2 : 1, R, 2); break;
     case 3: add_tile(t, 1, R, 3); break;

@@ -37,32 +37,4 @@ FC_INLINE void finish_lanes(const fc_lanes_epilogue *e, int integer) {
     }
 }
 
-/* ---- block magnitudes ---- */
-
-FC_INLINE void add_squares(const float *restrict row, int64_t columns, int64_t c, int first, float *restrict out) {
-    for (int64_t j = 0; j < columns; j++) {
-        const float *x = row + j * c;
-        float sum;
-        if (c == 4) {
-            sum = (x[0] * x[0] + x[1] * x[1]) + (x[2] * x[2] + x[3] * x[3]);
-        } else {
-            sum = x[0] * x[0];
-            for (int64_t i = 1; i < c; i++) sum += x[i] * x[i];
-        }
-        out[j] = first ? sum : out[j] + sum;
-    }
-}
-
-FC_INLINE void sum_block_squares(const float *weight, int64_t columns, int64_t rows, int64_t c, float *out) {
-    for (int64_t i = 0; i < rows; i++) {
-        const float *row = weight + i * columns * c;
-        if (c == 1)
-            add_squares(row, columns, 1, i == 0, out);
-        else if (c == 4)
-            add_squares(row, columns, 4, i == 0, out);
-        else
-            add_squares(row, columns, c, i == 0, out);
-    }
-}
-
 #endif

@@ -1,12 +1,19 @@
 /* Block weights: checked, packed, expanded, and multiplied with activations whose rows lie side by side in vector lanes.
  *
- * A product walks tiles of 64 columns of M. The activations of one K block of a tile are copied into a contiguous panel that
- * stays in L1 (rows of x that are a power of two apart would share a few cache sets), then every weight row of a chunk adds what
- * it has in that K block to sums on the stack. Each sum is one chain in ascending K, so no partition, tile width or K block
- * changes a bit.
+ * A product walks tiles of 64 columns of M. The activations of one K block of a tile form a contiguous panel that stays in L1:
+ * codes lie so, floats are copied (rows of x that are a power of two apart would share a few cache sets). Then every weight row
+ * of a chunk adds what it has in that K block to sums on the stack. Each sum is one chain in ascending K, so no partition, tile
+ * width or K block changes a bit.
  */
 #include "../fastcore.h"
 #include "../parallel.h"
+
+enum {
+    WEIGHT_BYTES = 256 * 1024, /* weights that stay in L2 beside a panel */
+    NEAR_ROWS = 32,            /* weight rows whose sums stay in L1: 8 KiB */
+};
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 fc_status fc_blocks_validate(const fc_weight *weight, int64_t blocks) {
     const int64_t groups = weight->n / weight->block_rows, columns = weight->k / weight->block_cols;
@@ -70,8 +77,13 @@ void fc_blocks_unpack(const void *args, int rank, int size) {
 /* Panel rows of one column block: codes keep four consecutive K in one dword. */
 static int64_t panel_rows(const fc_weight *w) { return w->kind == FC_BLOCKS_S8 ? 1 : w->block_cols; }
 
+/* 4x4 blocks use what they load four times, so their panel may as well come from L2: no sums go out and in again. */
+static int64_t rows_at_once(const fc_weight *w) {
+    return w->kind == FC_BLOCKS_S8 && w->block_rows == 4 ? FC_L2_PANEL_ROWS : FC_PANEL_ROWS;
+}
+
 fc_blocks_split fc_blocks_split_k(const fc_weight *weight) {
-    const int64_t columns = weight->k / weight->block_cols, most = FC_PANEL_ROWS / panel_rows(weight);
+    const int64_t columns = weight->k / weight->block_cols, most = rows_at_once(weight) / panel_rows(weight);
     if (columns <= most) return (fc_blocks_split){most, 1};
     const int64_t blocks = (columns + most - 1) / most, even = (columns + blocks - 1) / blocks;
     return (fc_blocks_split){even, (columns + even - 1) / even};
@@ -134,6 +146,8 @@ static share divide(const fc_sparse_linear *a, int rank, int size) {
     return s;
 }
 
+_Static_assert((int)FC_LANES == (int)FC_INT8_TILE, "a tile of the product is a tile of the panel");
+
 typedef float dword;
 
 /* Copy `columns` dwords of each row and fill up to `width` with zeros. */
@@ -145,19 +159,39 @@ static void copy_panel(dword *restrict panel, const dword *restrict x, int64_t s
     }
 }
 
-/* Sum up row groups g ... over all K blocks for the columns m ... (count of them, padded to tile->width). */
+/* Columns of a tile with `count` of them to compute; one alone has a kernel of its own for codes. */
+static int64_t tile_width(const fc_weight *w, int64_t count) {
+    if (count == 1 && w->kind == FC_BLOCKS_S8) return 1;
+    return count <= 4 ? 4 : (count + 15) / 16 * 16;
+}
+
+/* Point the tile at the panel rows of column blocks begin ... end: codes of a wide tile lie ready, all else is copied. */
+static void load_panel(const fc_sparse_linear *a, fc_blocks_tile *tile, dword *panel, int64_t begin, int64_t end, int64_t m,
+                       int64_t count) {
+    const int64_t per_block = panel_rows(&a->weight), rows = (end - begin) * per_block;
+    if (a->weight.kind != FC_BLOCKS_S8) {
+        copy_panel(panel, (const dword *)a->x + begin * per_block * a->m + m, a->m, rows, count, tile->width);
+        return;
+    }
+    const int64_t padded = (a->m + FC_INT8_LANES - 1) / FC_INT8_LANES * FC_INT8_LANES, stride = smaller(padded - m, FC_LANES);
+    const dword *codes = (const dword *)a->x + m * (a->weight.k / 4) + begin * stride;
+    if (tile->width < 16)
+        copy_panel(panel, codes, stride, rows, tile->width, tile->width);
+    else
+        tile->panel = codes;
+}
+
+/* Sum up tile->groups row groups from g on, over all K blocks, for the columns m ... (count of them, padded to tile->width). */
 static void multiply(const fc_sparse_linear *a, fc_blocks_tile *tile, dword *panel, int64_t g, int64_t m, int64_t count) {
     const int coded = a->weight.kind == FC_BLOCKS_S8;
     const fc_blocks_split split = fc_blocks_split_k(&a->weight);
-    const int64_t groups = a->weight.n / a->weight.block_rows, per_block = panel_rows(&a->weight);
-    const int64_t stride = coded ? (a->m + 15) / 16 * 16 : a->m, columns = a->weight.k / a->weight.block_cols;
+    const int64_t groups = a->weight.n / a->weight.block_rows, columns = a->weight.k / a->weight.block_cols;
     /* A narrow tile takes several K blocks at once: as many as fill the panel. */
     const int64_t step = FC_LANES / tile->width;
     for (int64_t q = 0; q < split.count; q += step) {
-        const int64_t next = q + step < split.count ? q + step : split.count;
-        const int64_t begin = q * split.columns, end = next * split.columns < columns ? next * split.columns : columns;
-        copy_panel(panel, (const dword *)a->x + begin * per_block * stride + m, stride, (end - begin) * per_block,
-                   coded ? tile->width : count, tile->width);
+        const int64_t next = smaller(q + step, split.count);
+        const int64_t begin = q * split.columns, end = smaller(next * split.columns, columns);
+        load_panel(a, tile, panel, begin, end, m, count);
         tile->base = (int32_t)begin;
         tile->begin = a->cuts + q * groups + g;
         tile->end = a->cuts + next * groups + g;
@@ -189,28 +223,56 @@ static void finish(const fc_sparse_linear *a, const fc_blocks_tile *tile, int64_
         fc_kernels.finish_lanes_f32(&epilogue);
 }
 
-void fc_sparse_linear_run(const void *args, int rank, int size) {
-    const fc_sparse_linear *a = args;
+/* Row groups whose sums are on the stack at once: few leave them in L1 for the epilogue; as many as fit where a panel is made or
+ * changed for them. */
+static int64_t groups_at_once(const fc_weight *w, int64_t width) {
+    const int stays = w->kind == FC_BLOCKS_S8 && width >= 16 && fc_blocks_split_k(w).count <= FC_LANES / width;
+    return (stays ? NEAR_ROWS : FC_TILE_ROWS * FC_LANES / width) / w->block_rows;
+}
+
+/* Row groups whose weights stay in L2 while the tiles of M pass by, but never so few that their panels cost more. */
+static int64_t resident_groups(const fc_sparse_linear *a) {
+    const fc_weight *w = &a->weight;
+    const int64_t groups = w->n / w->block_rows, per_value = w->kind == FC_BLOCKS_S8 ? 1 : 4;
+    const int64_t bytes = w->row_offsets[groups] * (w->block_rows * w->block_cols * per_value + (int64_t)sizeof *w->index);
+    if (a->m <= FC_LANES || bytes <= WEIGHT_BYTES) return groups;
+    const int64_t least = groups_at_once(w, FC_LANES);
+    return groups * WEIGHT_BYTES / bytes / least * least + least;
+}
+
+/* Row groups first ... last of the columns m ... (count of them). */
+static void run_tile(const fc_sparse_linear *a, int64_t first, int64_t last, int64_t m, int64_t count) {
+    const fc_weight *w = &a->weight;
+    const int64_t width = tile_width(w, count), most = groups_at_once(w, width),
+                  padded = (a->m + FC_INT8_LANES - 1) / FC_INT8_LANES * FC_INT8_LANES;
     _Alignas(64) dword panel[FC_PANEL_ROWS * FC_LANES];
     _Alignas(64) dword sum[FC_TILE_ROWS * FC_LANES];
-    const fc_weight *w = &a->weight;
-    const int64_t most = FC_TILE_ROWS / w->block_rows;
+    _Alignas(64) int32_t zeros[FC_LANES];
+    for (int64_t i = 0; i < FC_LANES; i++) zeros[i] = a->zeros && i < count ? a->zeros[m + i] : 128;
+    for (int64_t g = first; g < last; g += most) {
+        fc_blocks_tile tile = {
+            .panel = panel,
+            .width = width,
+            .stride = w->kind == FC_BLOCKS_S8 && width >= 16 ? smaller(padded - m, FC_LANES) : width,
+            .values = w->values,
+            .index = w->index,
+            .sums = a->sums ? a->sums + g * w->block_rows : NULL,
+            .zeros = zeros,
+            .sum = sum,
+            .groups = smaller(last - g, most),
+            .block_rows = w->block_rows,
+            .block_cols = w->block_cols,
+        };
+        multiply(a, &tile, panel, g, m, count);
+        finish(a, &tile, g * w->block_rows, m, count);
+    }
+}
+
+void fc_sparse_linear_run(const void *args, int rank, int size) {
+    const fc_sparse_linear *a = args;
     const share s = divide(a, rank, size);
-    for (int64_t g = s.first_group; g < s.last_group; g += most)
-        for (int64_t m = s.first_column; m < s.last_column; m += FC_LANES) {
-            const int64_t count = s.last_column - m < FC_LANES ? s.last_column - m : FC_LANES;
-            fc_blocks_tile tile = {
-                .panel = panel,
-                .width = count <= 4 ? 4 : (count + 15) / 16 * 16,
-                .values = w->values,
-                .index = w->index,
-                .sums = a->sums ? a->sums + g * w->block_rows : NULL,
-                .sum = sum,
-                .groups = s.last_group - g < most ? s.last_group - g : most,
-                .block_rows = w->block_rows,
-                .block_cols = w->block_cols,
-            };
-            multiply(a, &tile, panel, g, m, count);
-            finish(a, &tile, g * w->block_rows, m, count);
-        }
+    const int64_t resident = resident_groups(a);
+    for (int64_t g = s.first_group; g < s.last_group; g += resident)
+        for (int64_t m = s.first_column; m < s.last_column; m += FC_LANES)
+            run_tile(a, g, smaller(g + resident, s.last_group), m, smaller(FC_LANES, s.last_column - m));
 }

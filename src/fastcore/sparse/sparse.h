@@ -1,4 +1,4 @@
-/* The sparse family: pruning masks by magnitude, weights in small blocks, and products with them.
+/* The sparse family: weights in small blocks, and products with them.
  *
  * A block weight is read in its canonical form (weight.h): values and index are what the kernels want, so packing adds only where
  * the blocks of each row group fall among the K blocks of the loop, and the row sums of an int8 weight.
@@ -13,42 +13,24 @@
 #include "../weight.h"
 
 enum {
-    FC_LANES = 64,       /* columns of a tile: four 512-bit accumulators per weight row */
-    FC_PANEL_ROWS = 128, /* panel rows of a K block: 32 KiB of activations */
-    FC_TILE_ROWS = 256,  /* weight rows whose accumulators (64 KiB) live on the stack at once */
+    FC_LANES = 64,           /* columns of a tile: four 512-bit accumulators per weight row */
+    FC_PANEL_ROWS = 192,     /* panel rows of a K block: 48 KiB, of which enough hits L1 */
+    FC_L2_PANEL_ROWS = 1024, /* the same where a panel in L2 does: 256 KiB */
+    FC_TILE_ROWS = 512,      /* weight rows whose accumulators (128 KiB) live on the stack at once */
 };
-
-/* ---- magnitudes: the bits of a float32 with the sign cleared, which order as the numbers do ---- */
-
-typedef struct fc_magnitude_counts {
-    int64_t below, nan;
-    int64_t *buckets;
-} fc_magnitude_counts;
-
-/* Add to `counts` what x[n] holds: below low, NaN, and in each of `buckets` buckets of 1 << shift magnitudes from low on.
- * x of any alignment; low + (buckets << shift) <= 1 << 31. Exact. */
-typedef void fc_count_magnitudes_f32_fn(const float *x, int64_t n, uint32_t low, int shift, int64_t buckets,
-                                        fc_magnitude_counts *counts);
-
-/* mask[n] = 1 where the magnitude of x exceeds `threshold`, 0 where it is below; of those equal to it the first `drop` become 0,
- * the rest 1. Any alignment, no overlap. Returns how many of `drop` are left. Exact. */
-typedef int64_t fc_mask_magnitudes_f32_fn(const float *x, int64_t n, uint32_t threshold, int64_t drop, uint8_t *mask);
-
-/* out[columns] = the sum of squares of each block of block_rows x block_cols in weight[block_rows][columns * block_cols].
- * Blocks of four columns pair them, (0 + 1) + (2 + 3); else columns and rows add up in order. No fused operations: exact. */
-typedef void fc_sum_block_squares_f32_fn(const float *weight, int64_t columns, int64_t block_rows, int64_t block_cols,
-                                         float *out);
 
 /* ---- products, lanes along M ---- */
 
 /* One tile of a product: `groups` row groups against one K block of `width` columns. */
 typedef struct fc_blocks_tile {
-    const void *panel;          /* [panel rows][width] dwords, 64-byte aligned: floats, or four codes of consecutive K */
-    int64_t width;              /* 4, 16, 32, 48 or 64 */
+    const void *panel;          /* [panel rows][stride] dwords: floats, or four codes of consecutive K; any alignment */
+    int64_t stride;             /* at least width; 1 if width is */
+    int64_t width;              /* 4, 16, 32, 48 or 64; for codes also 1 */
     const void *values;         /* blocks of [block_rows][block_cols] */
     const int32_t *index;       /* by block; its first panel row is (index - base) * block_cols, or index - base for codes */
     const int32_t *begin, *end; /* [groups]: the blocks of a group that fall into the panel */
     const int32_t *sums;        /* int8 only: [groups * block_rows] sums over the whole row */
+    const int32_t *zeros;       /* int8 only: [width] zero points, 64-byte aligned */
     void *sum;                  /* [groups * block_rows][width] float or int32, 64-byte aligned: the accumulators */
     int64_t groups;
     int32_t base, block_rows, block_cols;
@@ -57,7 +39,8 @@ typedef struct fc_blocks_tile {
 
 /* sum += values x panel, blocks of 1x1, 1x4, 2x4 or 4x4. One fused multiply-add per stored value, in ascending K: exact. */
 typedef void fc_multiply_blocks_f32_fn(const fc_blocks_tile *tile);
-/* The same over codes q + 128 (u8, 1..255) and int8 values in blocks of 1x4, 2x4 or 4x4: sum += values x q. Exact. */
+/* The same over codes (u8) and int8 values in -127..127, in blocks of 1x4, 2x4 or 4x4; sums start from -zeros[column] *
+ * sums[row], so that they end as values x (codes - zeros). Exact modulo 2^32. */
 typedef void fc_multiply_blocks_u8_s8_fn(const fc_blocks_tile *tile);
 
 /* What becomes of finished accumulators. `count` columns of each of `rows` rows are written; rows of out and residual are
@@ -77,32 +60,10 @@ typedef void fc_finish_lanes_f32_fn(const fc_lanes_epilogue *epilogue);
  */
 typedef void fc_finish_lanes_s32_fn(const fc_lanes_epilogue *epilogue);
 
-#define FC_SPARSE_SLOTS(SLOT)                                                                                                    \
-    SLOT(count_magnitudes_f32)                                                                                                   \
-    SLOT(mask_magnitudes_f32)                                                                                                    \
-    SLOT(sum_block_squares_f32)                                                                                                  \
-    SLOT(multiply_blocks_f32) SLOT(multiply_blocks_u8_s8) SLOT(finish_lanes_f32) SLOT(finish_lanes_s32)
+#define FC_SPARSE_SLOTS(SLOT) SLOT(multiply_blocks_f32) SLOT(multiply_blocks_u8_s8) SLOT(finish_lanes_f32) SLOT(finish_lanes_s32)
 #define FC_SPARSE_TUNING
 
 /* ---- drivers ---- */
-
-/* The k-th smallest magnitude (k from 1): its bits, how many are below it and how many equal it. */
-typedef struct fc_selection {
-    uint32_t bits;
-    int64_t below, equal;
-} fc_selection;
-
-/* FC_BAD_ARGUMENT if x holds a NaN. 1 <= k <= n. */
-fc_status fc_select_magnitude(const float *x, int64_t n, int64_t k, int threads, fc_selection *found);
-/* Exactly `drop` zeros, 0 <= drop <= n; ties go by lowest index. FC_BAD_ARGUMENT if x holds a NaN. */
-fc_status fc_magnitude_mask(const float *x, int64_t n, int64_t drop, int threads, uint8_t *mask);
-
-typedef struct fc_block_grid {
-    const float *weight; /* [n][k] */
-    int64_t n, k, block_rows, block_cols;
-    float *out; /* [n / block_rows][k / block_cols] */
-} fc_block_grid;
-void fc_block_magnitudes(const void *grid, int rank, int size);
 
 /* Check row_offsets and index of a block weight before any kernel follows them. */
 fc_status fc_blocks_validate(const fc_weight *weight, int64_t blocks);
@@ -129,9 +90,10 @@ void fc_blocks_prepare(const fc_weight *weight, int32_t *cuts, int32_t *sums);
 typedef struct fc_sparse_linear {
     fc_weight weight;
     const int32_t *cuts, *sums;
-    const void *x; /* float [k][m], or codes [k / 4][m rounded up to 16][4] */
+    const void *x; /* float [k][m], or codes in a "lanes" panel (quant.h) */
     int64_t m;
     const float *scales, *weight_scale; /* codes only: [m], [n] */
+    const int32_t *zeros;               /* codes only: [m], or NULL where all are 128 */
     const float *bias, *residual;       /* [n], [n][m]; may be NULL */
     float *out;                         /* [n][m]; may be residual, must not overlap x */
     fc_activation activation;

@@ -1,15 +1,6 @@
 # The sparse family's part of the border.
 
-from libc.string cimport memcpy
-
 cdef extern from "sparse/sparse.h" nogil:
-    ctypedef struct fc_selection:
-        uint32_t bits
-        int64_t below, equal
-    ctypedef struct fc_block_grid:
-        const float *weight
-        int64_t n, k, block_rows, block_cols
-        float *out
     ctypedef struct fc_unpack:
         fc_weight weight
         float *out
@@ -23,13 +14,11 @@ cdef extern from "sparse/sparse.h" nogil:
         int64_t m
         const float *scales
         const float *weight_scale
+        const int32_t *zeros
         const float *bias
         const float *residual
         float *out
         fc_activation activation
-    fc_status fc_select_magnitude(const float *x, int64_t n, int64_t k, int threads, fc_selection *found)
-    fc_status fc_magnitude_mask(const float *x, int64_t n, int64_t drop, int threads, uint8_t *mask)
-    void fc_block_magnitudes(const void *grid, int rank, int size) noexcept
     int64_t fc_blocks_count(const uint8_t *mask, int64_t count)
     void fc_blocks_pack(
         const float *weight, const uint8_t *mask, int64_t n, int64_t k, int32_t block_rows, int32_t block_cols, float *values,
@@ -38,61 +27,6 @@ cdef extern from "sparse/sparse.h" nogil:
     fc_blocks_split fc_blocks_split_k(const fc_weight *weight)
     void fc_blocks_prepare(const fc_weight *weight, int32_t *cuts, int32_t *sums)
     void fc_sparse_linear_run(const void *linear, int rank, int size) noexcept
-
-
-cdef int check_magnitudes(fc_status status) except -1:
-    if status == FC_BAD_ARGUMENT:
-        raise ValueError("x holds a NaN, which has no place among magnitudes")
-    return check(status)
-
-
-def kth_magnitude(object x not None, int64_t k, int threads=1):
-    """Return the exact k-th smallest |x| (k from 1) of a flat float32 array; ValueError if x holds a NaN."""
-    cdef const float *values = <const float *>pointer(x, "x", "f", (None,))
-    cdef int64_t n = x.shape[0]
-    cdef fc_selection found
-    cdef fc_status status
-    cdef float kth
-    if not 1 <= k <= n:
-        raise ValueError(f"k: expected 1 to {n}, got {k}")
-    with nogil:
-        status = fc_select_magnitude(values, n, k, threads, &found)
-    check_magnitudes(status)
-    memcpy(&kth, &found.bits, sizeof(kth))
-    return kth
-
-
-def magnitude_mask(object x not None, int64_t drop, object mask not None, int threads=1):
-    """Write mask (uint8): 0 for exactly the `drop` smallest |x|, ties by lowest index, 1 for the rest; NaN is a ValueError."""
-    cdef const float *values = <const float *>pointer(x, "x", "f", (None,))
-    cdef int64_t n = x.shape[0]
-    cdef uint8_t *out = <uint8_t *>pointer(mask, "mask", "B", (n,), True)
-    cdef fc_status status
-    if not 0 <= drop <= n:
-        raise ValueError(f"drop: expected 0 to {n}, got {drop}")
-    with nogil:
-        status = fc_magnitude_mask(values, n, drop, threads, out)
-    check_magnitudes(status)
-
-
-cdef tuple block_shape(object shape, tuple block):
-    """Return (n / r, k / c) after checking that blocks of [r, c] tile an [n, k] matrix."""
-    cdef int64_t n, k, r, c
-    n, k = shape
-    r, c = block
-    if r < 1 or c < 1 or n % r or k % c:
-        raise ValueError(f"blocks of {block} do not tile a weight of shape {tuple(shape)}")
-    return (n // r, k // c)
-
-
-def block_magnitudes(object weight not None, tuple block not None, object out not None, int threads=1):
-    """Write out[n/r, k/c] = the sum of squares of each block of weight[n, k]."""
-    cdef fc_block_grid grid
-    grid.weight = <const float *>pointer(weight, "weight", "f", (None, None))
-    grid.out = <float *>pointer(out, "out", "f", block_shape(weight.shape, block), True)
-    grid.n, grid.k = weight.shape
-    grid.block_rows, grid.block_cols = block
-    run_now(fc_block_magnitudes, &grid, threads)
 
 
 def pack_blocks(object weight not None, object mask not None, tuple block not None):
@@ -223,9 +157,12 @@ def sparse_linear(
 
 def sparse_linear_int8(
     Program program not None, object codes not None, object scales not None, int64_t m, PackedBlocks weight not None,
-    object weight_scale not None, object out not None, object bias, object activation, object residual,
+    object weight_scale not None, object out not None, object bias, object activation, object residual, object zeros=None,
 ):
-    """Append the same product from a "lanes" panel of codes, uint8 [K / 4][m rounded up to 16][4], with scales[m]."""
+    """Append the same product from a "lanes" panel of codes, uint8, with scales[m].
+
+    A code stands for (code - zeros[m]) * scales[m]; without `zeros` (int32) all are 128.
+    """
     cdef fc_sparse_linear a
     if weight.view.kind != FC_BLOCKS_S8:
         raise ValueError("weight: expected int8 blocks, got float32")
@@ -236,5 +173,8 @@ def sparse_linear_int8(
     a.x = pointer(codes, "codes", "B", (weight.view.k * ((m + 15) // 16 * 16),))
     a.scales = <const float *>pointer(scales, "scales", "f", (m,))
     a.weight_scale = <const float *>pointer(weight_scale, "weight_scale", "f", (weight.view.n,))
+    a.zeros = <const int32_t *>optional_pointer(zeros, "zeros", "i", (m,))
+    if zeros is not None:
+        check_depth(weight.view.k, "tile")  # codes reach 255 from a zero point, not 127
     bind_epilogue(&a, out, bias, activation, residual)
-    program.add(fc_sparse_linear_run, &a, sizeof(a), (codes, scales, weight, weight_scale, out, bias, residual))
+    program.add(fc_sparse_linear_run, &a, sizeof(a), (codes, scales, weight, weight_scale, out, bias, residual, zeros))

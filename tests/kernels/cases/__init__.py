@@ -1,6 +1,6 @@
 """The registry of kernel cases: one file per family, one line here."""
 
-from kernels.cases import aggregate, attention, bitmask, dense, int4, nn, quant, sparse, text, vision
+from kernels.cases import aggregate, attention, bitmask, dense, int4, nn, prune, quant, sparse, text, vision
 
 CASES = [
     *aggregate.CASES,
@@ -9,6 +9,7 @@ CASES = [
     *dense.CASES,
     *int4.CASES,
     *nn.CASES,
+    *prune.CASES,
     *quant.CASES,
     *sparse.CASES,
     *text.CASES,

@@ -56,9 +56,8 @@ def panel(codes, zeros, layout):
     padded[:m] = zeros[:, None]
     padded[:m, :k] = codes
     dwords = padded.reshape(len(padded), k4, 4).transpose(1, 0, 2)
-    if layout == "lanes":
-        return dwords.reshape(-1).copy()
-    groups = [dwords[:, first : min(first + 12, m)].reshape(-1) for first in range(0, m, 12)]
+    rows, step = (len(padded), 64) if layout == "lanes" else (m, 12)
+    groups = [dwords[:, first : min(first + step, rows)].reshape(-1) for first in range(0, rows, step)]
     return np.concatenate(groups) if groups else np.empty(0, np.uint8)
 
 
@@ -148,21 +147,22 @@ def static_codes(x, scale, zero_point):
         return np.clip(np.rint(np.nan_to_num(x / scale, nan=0.0)).astype(np.float64) + zero_point, 0, 255).astype(np.uint8)
 
 
-def static_case(name, lanes, bench=()):
+def static_case(name, lanes, layout="tile", bench=()):
     def run(inputs, outputs, threads):
         program = _core.Program()
         panels = outputs["codes"], outputs["scales"], outputs["zeros"]
-        _core.quantize_activations(program, inputs["x"], lanes, "tile", *panels, float(inputs["scale"]), inputs["zero_point"])
+        _core.quantize_activations(program, inputs["x"], lanes, layout, *panels, float(inputs["scale"]), inputs["zero_point"])
         program.run(threads)
 
     def oracle(inputs):
         codes = static_codes(inputs["x"].T if lanes else inputs["x"], inputs["scale"], inputs["zero_point"])
         zeros = np.full(len(codes), inputs["zero_point"], np.int32)
-        return {"codes": panel(codes, zeros, "tile"), "scales": np.full(len(codes), inputs["scale"], np.float32), "zeros": zeros}
+        return {"codes": panel(codes, zeros, layout), "scales": np.full(len(codes), inputs["scale"], np.float32), "zeros": zeros}
 
     def outputs(inputs):
         m, k = inputs["x"].shape[::-1] if lanes else inputs["x"].shape
-        return {"codes": ((m * (-(-k // 4) * 4),), np.uint8), "scales": ((m,), np.float32), "zeros": ((m,), np.int32)}
+        nbytes = (-(-m // 16) * 16 if layout == "lanes" else m) * (-(-k // 4) * 4)
+        return {"codes": ((nbytes,), np.uint8), "scales": ((m,), np.float32), "zeros": ((m,), np.int32)}
 
     def inputs(rng, size):
         m, k = size
@@ -365,6 +365,8 @@ CASES: list[Case] = [
     activation_case("quantize_lanes_to_lanes", True, "lanes", bench=((128, 768), (512, 768))),
     static_case("quantize_static_rows", False, bench=((128, 768),)),
     static_case("quantize_static_lanes", True),
+    static_case("quantize_static_rows_to_lanes", False, "lanes"),
+    static_case("quantize_static_lanes_to_lanes", True, "lanes"),
     product_case(
         "linear_int8",
         bench=((128, 3072, 768), (512, 768, 3072), (128, 1536, 384), (128, 384, 1536), (16, 3072, 768), (1, 3072, 768)),

@@ -9,131 +9,6 @@ from kernels.case import Case, Work
 
 EPSILON = 2.0**-24  # half an ulp of float32, relative
 
-# ---- magnitudes ----
-
-
-def draw_vector(rng, size):
-    """Normal values with ties, zeros of both signs, denormals and infinities among them."""
-    (n,) = size
-    x = rng.standard_normal(n).astype(np.float32)
-    specials = np.array([0.0, -0.0, 1e-40, -1e-40, np.inf, -np.inf, 0.5, -0.5, np.finfo(np.float32).max], np.float32)
-    where = rng.random(n) < 0.2
-    x[where] = rng.choice(specials, int(where.sum()))
-    return x
-
-
-def kth_inputs(rng, size):
-    x = draw_vector(rng, size)
-    return {
-        "x": x,
-        "ranks": sorted({1, max(1, x.size // 5), max(1, x.size * 4 // 5), max(1, x.size)}) if x.size else [],
-    }
-
-
-def kth_run(inputs, outputs, threads):
-    for i, k in enumerate(inputs["ranks"]):
-        outputs["kth"][i] = _core.kth_magnitude(inputs["x"], k, threads)
-
-
-def mask_inputs(rng, size):
-    return {"x": draw_vector(rng, size), "drop": int(size[0] * 0.45)}
-
-
-def mask_oracle(inputs):
-    order = np.argsort(np.abs(inputs["x"]), kind="stable")
-    mask = np.ones(inputs["x"].size, np.uint8)
-    mask[order[: inputs["drop"]]] = 0
-    return {"mask": mask}
-
-
-def no_difference(inputs, wanted):
-    return dict.fromkeys(wanted, 0)
-
-
-KTH = Case(
-    name="kth_magnitude",
-    slots=("count_magnitudes_f32",),
-    sizes=((0,), (1,), (2,), (7,), (8,), (9,), (15,), (16,), (17,), (1023,), (1041,), (40000,), (300001,)),
-    inputs=kth_inputs,
-    outputs=lambda inputs: {"kth": ((len(inputs["ranks"]),), np.float32)},
-    run=kth_run,
-    oracle=lambda inputs: {"kth": np.sort(np.abs(inputs["x"]))[np.array(inputs["ranks"], np.int64) - 1]},
-    bound=no_difference,
-)
-
-# One rank of a long vector: two passes over memory at most.
-KTH_LARGE = Case(
-    name="kth_magnitude_large",
-    slots=("count_magnitudes_f32",),
-    sizes=((1 << 19,),),
-    inputs=lambda rng, size: {"x": rng.standard_normal(size[0], np.float32), "ranks": [size[0] * 4 // 5]},
-    outputs=KTH.outputs,
-    run=kth_run,
-    oracle=KTH.oracle,
-    bound=no_difference,
-    bench=((1 << 26,),),
-    work=lambda size: Work(bytes=2 * 4.0 * size[0]),
-)
-
-MASK = Case(
-    name="magnitude_mask",
-    slots=("mask_magnitudes_f32", "count_magnitudes_f32"),
-    sizes=((0,), (1,), (2,), (7,), (31,), (32,), (33,), (63,), (64,), (65,), (127,), (1023,), (70001,), (300001,)),
-    inputs=mask_inputs,
-    outputs=lambda inputs: {"mask": (inputs["x"].shape, np.uint8)},
-    run=lambda inputs, outputs, threads: _core.magnitude_mask(inputs["x"], inputs["drop"], outputs["mask"], threads),
-    oracle=mask_oracle,
-    bound=no_difference,
-    bench=((1 << 26,),),
-    work=lambda size: Work(bytes=13.0 * size[0]),  # two passes to select, one to write a byte each
-)
-
-
-def squares_run(inputs, outputs, threads):
-    _core.block_magnitudes(inputs["weight"], inputs["block"], outputs["sums"], threads)
-
-
-def squares_oracle(inputs):
-    (n, k), (r, c) = inputs["weight"].shape, inputs["block"]
-    blocks = inputs["weight"].astype(np.float64).reshape(n // r, r, k // c, c)
-    return {"sums": (blocks**2).sum(axis=(1, 3))}
-
-
-def squares_inputs(rng, size):
-    n, k, r, c = size
-    return {"weight": rng.standard_normal((n, k)).astype(np.float32), "block": (r, c)}
-
-
-SQUARES = Case(
-    name="block_magnitudes",
-    slots=("sum_block_squares_f32",),
-    sizes=(
-        (0, 4, 1, 4),
-        (3, 0, 1, 4),
-        (1, 1, 1, 1),
-        (5, 17, 1, 1),
-        (3, 64, 1, 4),
-        (2, 68, 1, 4),
-        (6, 60, 2, 4),
-        (8, 132, 4, 4),
-        (4, 33, 4, 1),
-        (9, 35, 3, 5),
-    ),
-    inputs=squares_inputs,
-    outputs=lambda inputs: {
-        "sums": (
-            tuple(have // by for have, by in zip(inputs["weight"].shape, inputs["block"], strict=True)),
-            np.float32,
-        )
-    },
-    run=squares_run,
-    oracle=squares_oracle,
-    # each of the r c squares is rounded once and passes through at most r c additions
-    bound=lambda inputs, wanted: {"sums": EPSILON * (np.prod(inputs["block"]) + 1) * wanted["sums"] * 1.001},
-    bench=((4096, 4096, 1, 4), (4096, 4096, 4, 4)),
-    work=lambda size: Work(bytes=4.0 * size[0] * size[1] * (1 + 1 / (size[2] * size[3]))),
-)
-
 # ---- products ----
 
 
@@ -161,7 +36,8 @@ def reference_activation(kind, x):
     if kind == "gelu":
         return 0.5 * x * (1.0 + np.vectorize(erf, otypes=[float])(x / np.sqrt(2.0)))
     if kind == "silu":
-        return x / (1.0 + np.exp(-x))
+        with np.errstate(over="ignore"):
+            return x / (1.0 + np.exp(-x))
     if kind == "tanh":
         return np.tanh(x)
     return x
@@ -273,7 +149,7 @@ F32 = Case(
 
 
 def lanes_panel(x):
-    """Quantise float32 x[K, M] per column: (codes [K / 4][M to 16][4] as one flat panel of q + 128, scales[M])."""
+    """Quantise float32 x[K, M] per column: (codes q + 128 as [K / 4][M to 16][4], scales[M])."""
     k, m = x.shape
     scales = np.abs(x).max(axis=0, initial=0.0) / np.float32(127)
     scales = np.where(scales == 0, 1, scales).astype(np.float32)
@@ -281,7 +157,12 @@ def lanes_panel(x):
     codes = np.rint(np.clip(x / scales, -127, 127)).astype(np.int64) + 128
     for row in range(k):
         panel[row // 4, :m, row % 4] = codes[row]
-    return panel.reshape(-1), scales
+    return panel, scales
+
+
+def flat_panel(panel):
+    """Lay codes [K / 4][M to 16][4] out in tiles of 64 columns, as the kernels read them."""
+    return np.concatenate([np.zeros(0, np.uint8), *(panel[:, m : m + 64].reshape(-1) for m in range(0, panel.shape[1], 64))])
 
 
 def int8_inputs(rng, size):
@@ -292,8 +173,12 @@ def int8_inputs(rng, size):
     x = rng.standard_normal((k, m)).astype(np.float32)
     x[:, ::3] = np.sign(x[:, ::3])
     codes, scales = lanes_panel(x)
+    zeros = None
+    if size[6] % 2:  # asymmetric: every code has a meaning
+        codes, zeros = rng.integers(0, 256, codes.shape).astype(np.uint8), rng.integers(0, 256, m).astype(np.int32)
+        codes[:, ::5], zeros[1::2] = 255, 0
     weight_scale = rng.uniform(1e-3, 1e-2, n).astype(np.float32)
-    return {**drawn, "values": values, "codes": codes, "scales": scales, "weight_scale": weight_scale}
+    return {**drawn, "values": values, "codes": codes, "scales": scales, "zeros": zeros, "weight_scale": weight_scale}
 
 
 def int8_bind(inputs, outputs):
@@ -302,7 +187,7 @@ def int8_bind(inputs, outputs):
     weight = _core.Weight(inputs["values"], inputs["shape"], scale, inputs["row_offsets"], inputs["index"])
     _core.sparse_linear_int8(
         program,
-        inputs["codes"],
+        flat_panel(inputs["codes"]),
         inputs["scales"],
         inputs["m"],
         _core.pack_sparse(weight),
@@ -311,6 +196,7 @@ def int8_bind(inputs, outputs):
         inputs["bias"],
         inputs["activation"],
         inputs["residual"],
+        inputs["zeros"],
     )
     return program
 
@@ -318,7 +204,8 @@ def int8_bind(inputs, outputs):
 def int8_answer(inputs):
     m, (n, k) = inputs["m"], inputs["shape"]
     weight = expand(inputs["values"], inputs["row_offsets"], inputs["index"], n, k)
-    q = inputs["codes"].reshape(k // 4, -(-m // 16) * 16, 4)[:, :m].transpose(0, 2, 1).reshape(k, m).astype(np.float64) - 128
+    q = inputs["codes"][:, :m].transpose(0, 2, 1).reshape(k, m).astype(np.float64)
+    q -= 128 if inputs["zeros"] is None else inputs["zeros"]
     total = (weight @ q) * (inputs["scales"].astype(np.float64) * inputs["weight_scale"].astype(np.float64)[:, None])
     # three roundings: of the int32 sum, of the product of the scales, and of their product
     return finish(inputs, total, 3.001 * EPSILON * np.abs(total))
@@ -360,4 +247,4 @@ INT8 = Case(
     work=lambda size: product_work(size, "vnni"),
 )
 
-CASES: list[Case] = [KTH, KTH_LARGE, MASK, SQUARES, F32, INT8]
+CASES: list[Case] = [F32, INT8]

@@ -19,7 +19,7 @@ class GroupsInt4(Product):
         weight = node.inputs[1]
         tensor = binder.tensor(weight)
         assert isinstance(tensor, Int4)
-        codes, scales, offsets, m = binder.groups(node.inputs[0], tensor.group)
+        codes, scales, offsets, m = binder.grouped_codes(node.inputs[0], tensor.group)
         residual, out = results(node, binder, "rows")
         packed, gain = binder.packed(weight, _core.pack_int4), binder.array(weight) if binder.trains(weight) else None
         binder.step(_core.linear_int4, codes, scales, offsets, m, packed, gain, out, *epilogue(node, binder, residual))
