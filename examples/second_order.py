@@ -1,9 +1,9 @@
 """Pruning of a model's Linear weights in blocks by the error that it makes, layer after layer.
 
-Within a weight, columns are visited from left to right; the error of what is dropped is made up for by those to the right of it, as
-in SparseGPT (Frantar and Alistarh 2023), rows of a block deciding together. What is kept is then solved for by least squares. Both
-are measured on the inputs that the layers before, pruned already, hand over; what is aimed at is what the teacher's layer makes of
-its own inputs.
+Within a weight, columns are visited from left to right; the error of what is dropped is made up for by those to the right of it,
+as in SparseGPT (Frantar and Alistarh 2023), rows of a block deciding together. What is kept is then solved for by least squares.
+Both are measured on the inputs that the layers before, pruned already, hand over; what is aimed at is what the teacher's layer
+makes of its own inputs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -35,8 +35,16 @@ class Weight:
         scale: Array | None = None,
         row_offsets: Array | None = None,
         index: Array | None = None,
+        bitmask: Array | None = None,
+        group_scales: Array | None = None,
+        group: int = 0,
     ) -> None:
-        """`values` are float32, int8 with a `scale`, or, dense, uint16 for bf16."""
+        """`values` are float32, int8 with a `scale`, or, dense, uint16 for bf16.
+
+        Blocks have int32 `row_offsets` [n / r + 1] and `index`. Under a `bitmask`, uint8 [n, ceil(k / 8)], `row_offsets` are
+        int64 [n + 1] and count its bits; values may be int4 then, pairs in uint8, with `group_scales`, float16 or float32 [n,
+        ceil(k / group)], and perhaps a factor `scale` for each row.
+        """
 
 class Int4Weight:
     """An [n, k] matrix of 4-bit codes: int32 words[n, ceil(k / 8)], float16 or float32 scale[n, ceil(k / group)]."""
@@ -173,6 +181,41 @@ def packed_attention_grad(
     dv: Array,
     scratch: Array,
 ) -> None: ...
+
+# ---- bitmask: weights of which single elements are stored; rows ----
+
+def unpack_bitmask(weight: Weight, out: Array, threads: int = 1) -> None:
+    """out[n, k] = the dense float32 matrix, scales applied, but for the gain of int4 rows."""
+
+class PackedBitmask:
+    shape: tuple[int, int]
+    nbytes: int
+
+def pack_bitmask(weight: Weight, threads: int = 1) -> PackedBitmask:
+    """Codes in the order of the kernels, the same on every instruction set; int4's scales of groups are copied."""
+
+def pack_elements(weight: Weight, threads: int = 1) -> PackedBlocks:
+    """float32 values as blocks of 1x1, for sparse_linear; refers to them."""
+
+def bitmask_linear(
+    program: Program, x: Array, weight: Weight, out: Array, bias: Array | None, activation: str | None, residual: Array | None
+) -> None:
+    """out[M,N] = activation(x[M,K] @ weight[N,K].T + bias[N]) + residual[M,N], float32 values in place; out may be residual."""
+
+def bitmask_linear_int(
+    program: Program,
+    codes: Array,
+    scales: Array,
+    zeros: Array,
+    m: int,
+    weight: PackedBitmask,
+    weight_scale: Array | None,
+    out: Array,
+    bias: Array | None,
+    activation: str | None,
+    residual: Array | None,
+) -> None:
+    """The same from a "tile" panel of m rows; weight_scale [N] is int8's scales, or gains on int4's rows (None for 1)."""
 
 # ---- dense: matrix products in float32 and bf16 ----
 

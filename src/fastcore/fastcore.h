@@ -13,6 +13,7 @@
 
 #include "aggregate/aggregate.h"
 #include "attention/attention.h"
+#include "bitmask/bitmask.h"
 #include "cpu.h"
 #include "dense/dense.h"
 #include "int4/int4.h"
@@ -29,6 +30,7 @@
 #define FC_SLOTS(SLOT)                                                                                                           \
     FC_AGGREGATE_SLOTS(SLOT)                                                                                                     \
     FC_ATTENTION_SLOTS(SLOT)                                                                                                     \
+    FC_BITMASK_SLOTS(SLOT)                                                                                                       \
     FC_DENSE_SLOTS(SLOT)                                                                                                         \
     FC_INT4_SLOTS(SLOT)                                                                                                          \
     FC_NN_SLOTS(SLOT)                                                                                                            \

@@ -18,7 +18,7 @@ from gristmill.model import Model
 from gristmill.runtime.explanation import Explanation
 from gristmill.runtime.session import Session
 from gristmill.runtime.timing import LENGTH, latency, random_inputs
-from gristmill.tensor import Int4, Sparse, Tensor
+from gristmill.tensor import Bitmask, Int4, Sparse, Tensor
 from gristmill.tensor.parts import Array
 
 BATCHES = (1, 256)  # rows that latency is measured at
@@ -158,7 +158,6 @@ def measure_layers(
     made = []
     for name in shared:
         old, new = before.tensors[name], after.tensors[name]
-        sparse = isinstance(new, Sparse)
         made.append(
             Layer(
                 name=name,
@@ -173,8 +172,8 @@ def measure_layers(
                 bytes_after=new.nbytes,
                 latency_ms_before=latency_of(old) if name in before.weights else {},
                 latency_ms_after=latency_of(new) if name in before.weights else {},
-                latency_ms_dense=latency_of(dense_twin(new, threads)) if isinstance(new, Sparse) else None,
-                break_even=break_even(new, threads) if sparse else None,  # type: ignore[arg-type]
+                latency_ms_dense=latency_of(dense_twin(new, threads)) if isinstance(new, (Sparse, Bitmask)) else None,
+                break_even=break_even(new, threads) if isinstance(new, (Sparse, Bitmask)) else None,
                 reverted=name in put_back,
             )
         )
@@ -205,6 +204,8 @@ def describe(tensor: Tensor) -> str:
     """Name what a weight is stored as, such as "int8" or "1x4 float32"."""
     if isinstance(tensor, Int4):
         return f"int4 g{tensor.group}"
+    if isinstance(tensor, Bitmask):
+        return f"bitmask {tensor.precision}" + (f" g{tensor.group}" if tensor.group else "")
     if not isinstance(tensor, Sparse):
         return {"dense": "float32", "bf16": "bf16", "quantized": "int8"}.get(tensor.kind, tensor.kind)
     rows, columns = tensor.block

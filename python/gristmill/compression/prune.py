@@ -12,7 +12,7 @@ from gristmill.compression.calibration import batches, norms
 from gristmill.compression.recipe import Context, Pass, is_number, literal, need_float, targets
 from gristmill.errors import ModelError
 from gristmill.model import Model
-from gristmill.tensor import Dense, Sparse, Tensor
+from gristmill.tensor import Bitmask, Dense, Sparse, Tensor
 from gristmill.tensor.parts import Array
 from gristmill.tensor.selection import Pattern, dropped, mask_of, mask_of_groups, mask_of_rows, masks_of, scores
 
@@ -227,5 +227,5 @@ def need_finite(model: Model, name: str, what: str) -> None:
 def smaller(tensor: Tensor, mask: Array, block: tuple[int, int]) -> Tensor:
     """Return the pruned matrix in whichever form takes fewer bytes."""
     weight = tensor.dense()
-    sparse = Sparse.from_dense(weight, mask, block)
+    sparse = Bitmask.from_dense(weight, mask) if block == (1, 1) else Sparse.from_dense(weight, mask, block)
     return sparse if sparse.nbytes < weight.nbytes else Dense(sparse.dense())

@@ -15,7 +15,7 @@ from gristmill.compression.recipe import Context, Pass, is_number, targets
 from gristmill.errors import ModelError
 from gristmill.model import Model
 from gristmill.ops import Node
-from gristmill.tensor import BFloat16, Int4, Quantized, Sparse, Tensor
+from gristmill.tensor import BFloat16, Bitmask, Int4, Quantized, Sparse, Tensor
 from gristmill.tensor.int4 import LARGEST_GROUP
 from gristmill.tensor.parts import Array
 
@@ -26,8 +26,8 @@ RATIOS = tuple(np.linspace(1.0, 0.5, 16))  # of a group's peak that clipping may
 class Quantize(Pass):
     """Quantise the weights of Linear nodes, dense and sparse, and tables of embeddings.
 
-    Weights that are quantised already stay, and so do sparse ones that no kernel reads: in int8 those whose inputs are no
-    multiple of four, in int4 all.
+    Weights that are quantised already stay, and so do blocks that no kernel reads: in int8 those whose inputs are no multiple of
+    four, in int4 all.
 
     Args:
         precision: "int8"; "int4" in groups, for dense weights and tables, against int8 activations with a scale for each group;
@@ -102,6 +102,8 @@ class Quantize(Pass):
                 quantized[name] = Quantized.from_dense(tensor.dense(), context.threads)
             elif isinstance(tensor, Sparse) and tensor.scale is None and tensor.shape[1] % 4 == 0:
                 quantized[name] = tensor.quantized(context.threads)
+            elif isinstance(tensor, Bitmask) and tensor.scale is None:
+                quantized[name] = tensor.quantized("int8")
         result = model.replace(tensors=quantized)
         if self.calibration is None:
             return result
@@ -111,7 +113,7 @@ class Quantize(Pass):
         return result.replace(nodes=tuple(with_scale(node, found) if reads(node, static) else node for node in result.nodes))
 
     def _int4(self, model: Model, context: Context) -> Model:
-        chosen = [name for name in self.works_on(model) if is_plain(model.tensors[name])]
+        chosen = [name for name in self.works_on(model) if is_float(model.tensors[name])]
         importance: dict[str, Array] = {}
         if self.calibration is not None:
             products = {name for name in chosen if name in model.weights}
@@ -120,10 +122,12 @@ class Quantize(Pass):
         ratios = RATIOS if self.clip else RATIOS[:1]
         tensors: dict[str, Tensor] = {}
         for name in chosen:
-            values = model.tensors[name].dense()
+            tensor = model.tensors[name]
+            values = tensor.dense()
             if not np.isfinite(values).all():
                 raise ModelError(f"Quantize: '{name}' {list(values.shape)} is not finite")
-            tensors[name] = Int4.from_dense(values, self.group, ratios, importance.get(name))
+            codes = Int4.from_dense(values, self.group, ratios, importance.get(name))
+            tensors[name] = Bitmask.of(codes, tensor.mask) if isinstance(tensor, Bitmask) else codes
         return model.replace(tensors=tensors)
 
     def describe(self) -> dict[str, Any]:
@@ -134,8 +138,10 @@ class Quantize(Pass):
         return super().describe()
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is dense and not quantised yet."""
+def is_float(tensor: Tensor) -> bool:
+    """Whether a tensor can be int4 and is not quantised yet: a dense one, or single elements."""
+    if isinstance(tensor, Bitmask):
+        return tensor.scale is None
     return tensor.kind in ("dense", "bf16") and tensor.dtype == np.float32
 
 

@@ -133,5 +133,5 @@ def need_float(model: Model, name: str, what: str) -> None:
     """
     tensor = model.tensors[name]
     if tensor.kind == "quantized" or getattr(tensor, "scale", None) is not None:
-        form = "int4" if tensor.kind == "int4" else "int8"
+        form = "int4" if tensor.kind == "int4" or getattr(tensor, "precision", "") == "int4" else "int8"
         raise ModelError(f"cannot {what} '{name}': it is {form} already; put Quantize last in the recipe")

@@ -14,7 +14,7 @@ from gristmill.ops.op import GRAD, OWN, Binder, Node, Op, Tape, TensorType, as_r
 from gristmill.ops.products import candidates
 from gristmill.ops.products.dense import is_float_in_memory, multiplies_bf16, operand_panels
 from gristmill.ops.products.product import static_scale
-from gristmill.tensor import Int4, Sparse, Tensor, is_int8
+from gristmill.tensor import Bitmask, Int4, Sparse, Tensor, has_gains, is_int8
 from gristmill.tensor.parts import Array
 
 
@@ -211,8 +211,10 @@ def bind_gain_gradient(node: Node, binder: Binder, tensor: Int4, dy: Any, grad: 
 
 def project(weight: Tensor, gradient: Array) -> Array:
     """Return the gradient of a weight's trainable part from the gradient [n, k] of the dense matrix."""
-    if is_int8(weight) or isinstance(weight, Int4):
+    if has_gains(weight):
         return np.einsum("nk,nk->n", gradient, weight.dense())
+    if isinstance(weight, Bitmask):
+        return gradient[weight.mask]
     if not isinstance(weight, Sparse):
         return gradient
     columns = weight.block[1]

@@ -24,7 +24,7 @@ from gristmill.ops.products.product import static_scale
 from gristmill.runtime.arena import FOREVER, Buffer, Memory, place
 from gristmill.runtime.choice import Choice, Way, stored_bytes, ways_of
 from gristmill.runtime.shapes import Shapes
-from gristmill.tensor import BFloat16, Int4, Quantized, Sparse, Tensor, is_int8
+from gristmill.tensor import BFloat16, Bitmask, Int4, Quantized, Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
 
 
@@ -76,6 +76,8 @@ def weight_view(tensor: Tensor, trained: Array | None = None) -> _core.Weight | 
     """
     if isinstance(tensor, Int4):
         return tensor.view
+    if isinstance(tensor, Bitmask):
+        return tensor.weight(trained)
     shape = (tensor.shape[0], prod(tensor.shape[1:]))
     if tensor.kind == "dense":
         return _core.Weight((tensor.trainable if trained is None else trained).reshape(shape), shape)
@@ -271,7 +273,7 @@ class Layout:
     def scale(self, name: str) -> Array | Buffer:
         """The scales of an int8 weight: where their gains train, the product of both, made anew at every run."""
         tensor = self.model.tensors[name]
-        assert isinstance(tensor, (Quantized, Sparse))
+        assert isinstance(tensor, (Quantized, Sparse, Bitmask))
         assert tensor.scale is not None
         if name not in self.trainable:
             return tensor.scale

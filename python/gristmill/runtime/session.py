@@ -23,7 +23,7 @@ from gristmill.runtime.plan import Layout, Options, Plan, Weights
 from gristmill.runtime.shapes import Shapes, determine
 from gristmill.runtime.staged import Run, Stage
 from gristmill.runtime.threads import check_threads
-from gristmill.tensor import Quantized, Sparse, Tensor, is_int8
+from gristmill.tensor import Quantized, Tensor, has_gains, is_int8
 from gristmill.tensor.parts import Array
 
 PLANS = 16  # kept per session; the least recently used goes first
@@ -76,7 +76,7 @@ class Session:
         for name, array in self.trainable.items():
             _check_trainable(model, name, array)
         self._stored = _quantized(model, self.trainable) if precision == "int8" else model
-        compiled = _reblocked(fuse(self._stored))
+        compiled = fuse(self._stored)
         self.memory = memory or Memory()
         self.weights = Weights(compiled, self.trainable, self.memory)
         self._graph = compiled  # or, in a later stage of a graph, a part of it over the same weights
@@ -354,7 +354,7 @@ def _check_trainable(model: Model, name: str, array: Array) -> None:
 
 def _computes_int8(model: Model) -> bool:
     """Whether products of a model have int8 activations."""
-    return any(map(is_int8, model.tensors.values())) or any(model.tensors[name].kind == "int4" for name in model.weights)
+    return any(map(is_int8, model.tensors.values())) or any(has_gains(model.tensors[name]) for name in model.weights)
 
 
 def _quantized(model: Model, trainable: Mapping[str, Array]) -> Model:
@@ -364,13 +364,6 @@ def _quantized(model: Model, trainable: Mapping[str, Array]) -> Model:
         if tensor.kind in ("dense", "bf16") and name not in trainable:
             tensors[name] = Quantized.from_dense(tensor.dense())
     return model.replace(tensors=tensors)
-
-
-def _reblocked(model: Model) -> Model:
-    """Fill unstructured int8 weights up to the 1 x 4 blocks that the int8 kernel reads."""
-    tensors = {name: model.tensors[name] for name in model.weights}
-    scattered = {n: t for n, t in tensors.items() if isinstance(t, Sparse) and is_int8(t) and t.block == (1, 1)}
-    return model.replace(tensors={name: t.reblocked(4) for name, t in scattered.items() if t.shape[1] % 4 == 0})
 
 
 def decide(ways: Sequence[Way], resident: int) -> Way:

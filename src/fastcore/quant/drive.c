@@ -246,6 +246,14 @@ static int32_t pack_row_of_blocks(const fc_weight *w, int64_t row, int8_t *out) 
     return sum;
 }
 
+static int32_t pack_row_of_bitmask(const fc_weight *w, int64_t row, int8_t *out) {
+    const uint8_t *bits = w->bitmask + row * ((w->k + 7) / 8);
+    const int8_t *codes = (const int8_t *)w->values + w->row_starts[row], *next = codes;
+    for (int64_t i = 0; i < w->k; i++)
+        if (bits[i / 8] >> i % 8 & 1) out[i / 4 * FC_INT8_COLUMNS * 4 + i % 4] = *next++;
+    return minus_sum_of(codes, next - codes);
+}
+
 void fc_pack_int8(const void *args, int rank, int size) {
     const fc_pack_int8_args *a = args;
     const fc_packed_int8 *p = a->packed;
@@ -259,6 +267,8 @@ void fc_pack_int8(const void *args, int rank, int size) {
             p->minus_sum[column] = 0;
         else if (a->weight.kind == FC_BLOCKS_S8)
             p->minus_sum[column] = pack_row_of_blocks(&a->weight, column, out);
+        else if (a->weight.kind == FC_BITMASK_S8)
+            p->minus_sum[column] = pack_row_of_bitmask(&a->weight, column, out);
         else
             p->minus_sum[column] = pack_row((const int8_t *)a->weight.values + column * p->k, p->k, out);
     }

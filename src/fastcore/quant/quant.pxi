@@ -154,10 +154,10 @@ cdef class PackedInt8:
 
 
 def pack_int8(Weight weight not None, int threads=1):
-    """Return the PackedInt8 of an int8 Weight, dense or in blocks."""
+    """Return the PackedInt8 of an int8 Weight of any form."""
     cdef PackedInt8 result = PackedInt8()
     cdef fc_pack_int8_args args
-    if weight.view.kind not in (FC_DENSE_S8, FC_BLOCKS_S8):
+    if weight.view.kind not in (FC_DENSE_S8, FC_BLOCKS_S8, FC_BITMASK_S8):
         raise TypeError("pack_int8 takes an int8 Weight with scales")
     check_depth(weight.view.k)
     check(fc_packed_int8_init(&result.packed, weight.view.n, weight.view.k))

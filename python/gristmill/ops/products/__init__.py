@@ -4,10 +4,10 @@ Of the products that take a weight, those of its own form come first: the plan c
 """
 
 from gristmill.ops.op import Binder, Node
-from gristmill.ops.products import blocks, dense, int4
+from gristmill.ops.products import bitmask, blocks, dense, int4
 from gristmill.ops.products.product import Product
 
-FAMILIES = (blocks, dense, int4)
+FAMILIES = (bitmask, blocks, dense, int4)
 PRODUCTS: tuple[Product, ...] = tuple(product for family in FAMILIES for product in family.PRODUCTS)
 
 

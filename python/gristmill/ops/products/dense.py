@@ -15,7 +15,7 @@ import numpy as np
 from gristmill import _core
 from gristmill.ops.op import Binder, Node
 from gristmill.ops.products.product import Product, Size, epilogue, is_constant, matrices, results, static_scale
-from gristmill.tensor import BFloat16, Dense, Quantized, Sparse, Tensor
+from gristmill.tensor import BFloat16, Bitmask, Dense, Quantized, Sparse, Tensor
 from gristmill.tensor.parts import Array
 
 PACKED_FROM = 256  # results along the other side that make a run's own packing of an operand worth its time
@@ -98,7 +98,7 @@ def normal(n: int, k: int, seed: int) -> Array:
 
 def expands(tensor: Tensor, dtype: str) -> bool:
     """Whether a sparse weight of this dtype gives the same bits with its zeros filled in."""
-    if not isinstance(tensor, Sparse) or tensor.values.dtype != dtype:
+    if not isinstance(tensor, (Sparse, Bitmask)) or tensor.values.dtype != dtype:
         return False
     return sums_in_chains(_core.isa_generation()) if dtype == "float32" else tensor.shape[1] <= TILE_DEPTH
 
