@@ -8,6 +8,7 @@ binds the steps to addresses. Steps between two Python references form one C seg
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -21,6 +22,7 @@ from gristmill.ops.op import as_rows, refusal
 from gristmill.ops.products import Product
 from gristmill.ops.products.product import static_scale
 from gristmill.runtime.arena import FOREVER, Buffer, Memory, place
+from gristmill.runtime.choice import Choice, Way, readers_of, stored_bytes, ways_of
 from gristmill.runtime.shapes import Shapes
 from gristmill.tensor import BFloat16, Quantized, Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
@@ -94,6 +96,7 @@ class Step:
     kernel: Callable[..., None] | None
     args: tuple[Any, ...]
     outputs: tuple[Buffer, ...] = ()
+    moves: bool = False  # converts a value for the node, rather than being the node's own
 
     def buffers(self) -> list[Buffer]:
         within = (arg.trained if isinstance(arg, InPlace) else arg for arg in (*self.args, *self.outputs))
@@ -108,6 +111,7 @@ class Options:
     low_precision: bool = False
     reference: bool = False
     in_place: bool = False
+    decide: Callable[[Sequence[Way], int, int], Way] | None = None  # of ways, threads and bytes of weights; None: own forms
 
 
 class Layout:
@@ -126,8 +130,8 @@ class Layout:
         self.trainable, self.bound, self.in_place = trainable, outputs, options.in_place
         self.precision, self.low_precision = options.precision, options.low_precision
         self.steps: list[Step] = []
-        self.chosen: dict[str, Product] = {}  # by node
-        self.readers = _readers(model)
+        self.choices: dict[str, Choice] = {}  # by node
+        self.decide = options.decide
         self.scales: dict[str, Buffer] = {}
         self.panels: dict[tuple[str, str, tuple[float, int] | None], tuple[Buffer, Buffer, Buffer]] = {}
         self.inputs = {name: self._fresh(name, "rows") for name in model.inputs}
@@ -152,7 +156,7 @@ class Layout:
         if "rows" not in forms:
             lanes = forms["lanes"]
             forms["rows"] = self._fresh(name, "rows")
-            self.step(_core.transpose, lanes, forms["rows"].reshape(*lanes.shape[::-1]))
+            self._move(_core.transpose, lanes, forms["rows"].reshape(*lanes.shape[::-1]))
         return forms["rows"]
 
     def lanes(self, name: str) -> Buffer:
@@ -161,7 +165,7 @@ class Layout:
         if "lanes" not in forms:
             rows = forms["rows"] if "rows" in forms else self._constant(name)
             forms["lanes"] = self._fresh(name, "lanes")
-            self.step(_core.transpose, rows.reshape(*as_rows(rows.shape)), forms["lanes"])
+            self._move(_core.transpose, rows.reshape(*as_rows(rows.shape)), forms["lanes"])
         return forms["lanes"]
 
     def stored(self, name: str) -> tuple[Buffer, str]:
@@ -180,7 +184,7 @@ class Layout:
             x, form = self.stored(name)
             x = x if form == "lanes" else x.reshape(m, k)
             panel = self.panel(name, layout, static)
-            self.step(_core.quantize_activations, x, form == "lanes", layout, *panel, *(static or ()))
+            self._move(_core.quantize_activations, x, form == "lanes", layout, *panel, *(static or ()))
         return (*self.panels[name, layout, static], m)
 
     def panel(self, name: str, layout: str, static: tuple[float, int] | None) -> tuple[Buffer, Buffer, Buffer]:
@@ -197,13 +201,12 @@ class Layout:
 
     def wanted(self, name: str) -> str:
         """The layout to make a value in where a kernel can write either: lanes if that saves a reader a conversion."""
-        forms = (find(node).reads(node, index, self) for node, index in self.readers.get(name, ()))
-        return "lanes" if name not in self.bound and any(form.startswith("lanes") for form in forms) else "rows"
+        lanes = any(form.startswith("lanes") for form, _ in self._forms_read(name))
+        return "lanes" if lanes and name not in self.bound else "rows"
 
     def codes_alone(self, name: str) -> tuple[str, tuple[float, int] | None] | None:
         """Layout and static scale of the codes that all readers of a value take; None if anything else is read of it."""
-        readers = [] if name in self.model.outputs else self.readers.get(name, [])
-        forms = {(find(node).reads(node, index, self), static_scale(node)) for node, index in readers}
+        forms = set() if name in self.model.outputs else self._forms_read(name)
         if len(forms) != 1:
             return None
         ((form, static),) = forms
@@ -260,14 +263,35 @@ class Layout:
         return Packed(name, pack)
 
     def choose(self, node: Node, products: Sequence[Product]) -> Product:
-        """The product that a Linear is bound to, of those that can serve it."""
-        self.chosen[node.name] = products[0]
-        return products[0]
+        """The product that a Linear is bound to, of those that can serve it: its weight's own, or the fastest expected."""
+        if node.name not in self.choices:  # whoever asks first, for its own layout may depend on the answer
+            ways = ways_of(node, products, self)
+            way = ways[0] if self.decide is None or len(ways) == 1 else self.decide(ways, self.threads, self.resident)
+            self.choices[node.name] = Choice(way, ways)
+        return self.choices[node.name].way.product
 
     def step(self, kernel: Callable[..., None], *args: Any) -> None:
         self.steps.append(Step(self.node, kernel, args))
 
+    @cached_property
+    def readers(self) -> dict[str, list[Node]]:
+        """The nodes that read each value."""
+        return readers_of(self.model)
+
+    @cached_property
+    def resident(self) -> int:
+        """Bytes of the model's weights."""
+        return stored_bytes(self.model)
+
     # ---- inner ----
+
+    def _forms_read(self, name: str) -> set[tuple[str, tuple[float, int] | None]]:
+        """The forms in which the readers of a value want it, and the static scales of those that are codes."""
+        places = ((node, index) for node in self.readers.get(name, ()) for index, x in enumerate(node.inputs) if x == name)
+        return {(find(node).reads(node, index, self), static_scale(node)) for node, index in places}
+
+    def _move(self, kernel: Callable[..., None], *args: Any) -> None:
+        self.steps.append(Step(self.node, kernel, args, moves=True))
 
     def _fresh(self, name: str, layout: str) -> Buffer:
         shape, dtype = self.shape(name), self.types[name].dtype
@@ -331,15 +355,6 @@ class Layout:
         return place(list({id(b.root): b.root for b in used if not b.external}.values()))
 
 
-def _readers(model: Model) -> dict[str, list[tuple[Node, int]]]:
-    """By value: the nodes that read it, and as which input."""
-    readers: dict[str, list[tuple[Node, int]]] = {}
-    for node in model.nodes:
-        for index, name in enumerate(node.inputs):
-            readers.setdefault(name, []).append((node, index))
-    return readers
-
-
 def _groups(steps: list[Step], inputs: Iterable[Buffer]) -> list[int]:
     """Number the steps so that steps of one number need no barrier between them: none touches what another of them makes.
 
@@ -362,16 +377,17 @@ def _groups(steps: list[Step], inputs: Iterable[Buffer]) -> list[int]:
 
 
 class Plan:
-    """The second pass: steps bound to addresses in an arena."""
+    """The second pass: steps bound to addresses in an arena; each `apart`, in a program of its own, where they are timed."""
 
-    def __init__(self, layout: Layout, arena: Array, weights: Weights) -> None:
+    def __init__(self, layout: Layout, arena: Array, weights: Weights, apart: bool = False) -> None:
+        self.apart = apart
         self.inputs = {name: buffer.view(arena) for name, buffer in layout.inputs.items()}
         self.outputs = {name: buffer.view(arena) for name, buffer in layout.outputs.items()}
         self.steps = layout.steps
         self.segments: list[_core.Program | Callable[[], None]] = []
         before = None
         for group, step in zip(layout.groups, layout.steps, strict=True):
-            if group == before:
+            if group == before and not apart:
                 self.segments[-1].overlap()  # type: ignore[union-attr]
             self._bind(step, arena, weights, layout.threads)
             before = group
@@ -389,7 +405,7 @@ class Plan:
         if step.kernel is None:
             self.segments.append(_reference(step.node, args, [out.view(arena) for out in step.outputs]))
             return
-        if not self.segments or not isinstance(self.segments[-1], _core.Program):
+        if self.apart or not self.segments or not isinstance(self.segments[-1], _core.Program):
             self.segments.append(_core.Program())
         try:
             args = [arg.view(arena) if isinstance(arg, InPlace) else arg for arg in args]

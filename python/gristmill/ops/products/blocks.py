@@ -1,11 +1,16 @@
 """Products with the stored blocks of a sparse weight alone, rows of activations side by side in vector lanes."""
 
 from dataclasses import dataclass
+from math import ceil, prod
+
+import numpy as np
 
 from gristmill import _core
 from gristmill.ops.op import Binder, Node
-from gristmill.ops.products.product import Product, epilogue, results, rows_of, static_scale
+from gristmill.ops.products.product import Product, Size, epilogue, results, rows_of, static_scale
 from gristmill.tensor import Sparse, Tensor
+
+LANES, VECTOR, PANEL = 64, 16, 128  # rows of a tile and of a vector; dwords of k in a K block
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,20 @@ class Blocks(Product):
         tensor = binder.tensor(node.inputs[1])
         own = isinstance(tensor, Sparse) and tensor.block == self.block and tensor.values.dtype == self.dtype
         return own and (self.dtype == "int8" or static_scale(node) is None)
+
+    def example(self, n: int, k: int, share: float, seed: int) -> Tensor:
+        rng, (rows, columns) = np.random.default_rng(seed), self.block
+        mask = rng.random((n // rows, k // columns)) < share
+        tensor = Sparse.from_dense(rng.standard_normal((n, k), np.float32), mask, self.block)
+        return tensor.quantized() if self.dtype == "int8" else tensor
+
+    def work(self, size: Size) -> tuple[float, ...]:
+        """A call; blocks and multiplications in tiles of 64 rows, which are padded to 16 lanes; epilogues, panels, and the walk
+        over row groups in each K block."""
+        tiles, vectors = ceil(size.m / LANES), ceil(size.m / VECTOR)
+        blocks, groups = size.stored / prod(self.block), size.n / self.block[0]
+        walks = groups * ceil(size.k / (PANEL if self.dtype == "float32" else 4 * PANEL)) * tiles
+        return 1.0, blocks * tiles, size.stored * vectors, size.n * vectors, size.k * vectors, walks
 
 
 @dataclass(frozen=True)
@@ -48,7 +67,7 @@ class BlocksInt8(Blocks):
         wanted = None if node.input(3) or not has_tiles(node, binder) else binder.codes_alone(name)
         if wanted is not None and wanted[0] == "lanes":
             panel, static = binder.panel(name, *wanted), wanted[1]
-            scratch = binder.scratch(4 * TILE * binder.tensor(weight).shape[0] * binder.threads)
+            scratch = binder.scratch(4 * LANES * binder.tensor(weight).shape[0] * binder.threads)
             bias, activation, _ = epilogue(node, binder, None)
             binder.step(_core.sparse_linear_to_codes, *product, bias, activation, *panel, scratch, *(static or ()))
             return
@@ -61,12 +80,9 @@ class BlocksInt8(Blocks):
         return blocks_nbytes(tensor) + m * tensor.shape[1]
 
 
-TILE = 64  # rows that a product takes at a time
-
-
 def has_tiles(node: Node, binder: Binder) -> bool:
     """Whether every thread has a tile of the result to make; few rows are shared out otherwise."""
-    tiles = -(-rows_of(node, binder) // TILE)
+    tiles = -(-rows_of(node, binder) // LANES)
     return tiles % binder.threads == 0 or tiles >= 8 * binder.threads
 
 
@@ -78,6 +94,12 @@ def blocks_nbytes(tensor: Tensor) -> int:
 
 
 PRODUCTS: tuple[Product, ...] = (
-    *(BlocksFloat(f"blocks {r}x{c} float32", "lanes", (r, c), "float32") for r, c in ((1, 1), (1, 4), (2, 4), (4, 4))),
-    *(BlocksInt8(f"blocks {r}x{c} int8", "lanes codes", (r, c), "int8") for r, c in ((1, 4), (2, 4), (4, 4))),
+    *(
+        BlocksFloat(f"blocks {r}x{c} float32", "lanes", (r, c), "float32", out="lanes", form=f"{r}x{c} float32")
+        for r, c in ((1, 1), (1, 4), (2, 4), (4, 4))
+    ),
+    *(
+        BlocksInt8(f"blocks {r}x{c} int8", "lanes codes", (r, c), "int8", out="lanes", form=f"{r}x{c} int8")
+        for r, c in ((1, 4), (2, 4), (4, 4))
+    ),
 )

@@ -7,12 +7,16 @@ ascending k in both, to which a zero adds nothing (unless what it is multiplied 
 
 from dataclasses import dataclass
 from functools import cache
+from math import ceil
 from typing import Any
+
+import numpy as np
 
 from gristmill import _core
 from gristmill.ops.op import Binder, Node
-from gristmill.ops.products.product import Product, epilogue, is_constant, matrices, results, static_scale
-from gristmill.tensor import Sparse, Tensor
+from gristmill.ops.products.product import Product, Size, epilogue, is_constant, matrices, results, static_scale
+from gristmill.tensor import BFloat16, Dense, Quantized, Sparse, Tensor
+from gristmill.tensor.parts import Array
 
 PACKED_FROM = 256  # results along the other side that make a run's own packing of an operand worth its time
 TILE_DEPTH = 66311  # the longest sum of products of a byte and an int8 that an int32 holds
@@ -48,6 +52,12 @@ class DenseFloat(Product):
         n, k = tensor.shape
         return n * k * (2 if self.bf16 else 4) + 4 * m * k
 
+    def example(self, n: int, k: int, share: float, seed: int) -> Tensor:
+        return BFloat16.from_dense(normal(n, k, seed)) if self.bf16 else Dense(normal(n, k, seed))
+
+    def work(self, size: Size) -> tuple[float, ...]:
+        return tiles(size)
+
 
 @dataclass(frozen=True)
 class DenseInt8(Product):
@@ -67,6 +77,23 @@ class DenseInt8(Product):
     def nbytes(self, tensor: Tensor, m: int) -> int:
         n, k = tensor.shape
         return n * k + 4 * n + m * k
+
+    def example(self, n: int, k: int, share: float, seed: int) -> Tensor:
+        return Quantized.from_dense(normal(n, k, seed))
+
+    def work(self, size: Size) -> tuple[float, ...]:
+        return tiles(size)
+
+
+def tiles(size: Size) -> tuple[float, ...]:
+    """Work of register tiles of 12 rows: a call, multiplications, loads of the weight, results, packing of the rows."""
+    weights = size.n * size.k
+    return 1.0, weights * size.m, weights * ceil(size.m / 12), size.m * size.n, size.m * size.k
+
+
+def normal(n: int, k: int, seed: int) -> Array:
+    """Return a matrix of random values to measure with."""
+    return np.random.default_rng(seed).standard_normal((n, k), np.float32)
 
 
 def expands(tensor: Tensor, dtype: str) -> bool:
@@ -103,7 +130,7 @@ def is_float_in_memory(weight: str, binder: Binder) -> bool:
 
 
 PRODUCTS: tuple[Product, ...] = (
-    DenseFloat("dense float32", "rows", bf16=False),
-    DenseFloat("dense bf16", "rows", bf16=True),
-    DenseInt8("dense int8", "tile codes"),
+    DenseFloat("dense float32", "rows", bf16=False, form="dense float32"),
+    DenseFloat("dense bf16", "rows", bf16=True, form="dense bf16"),
+    DenseInt8("dense int8", "tile codes", form="dense int8"),
 )
