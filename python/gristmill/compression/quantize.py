@@ -14,7 +14,7 @@ from gristmill.errors import DataError, ModelError
 from gristmill.model import Model
 from gristmill.ops import Node
 from gristmill.runtime.session import Session
-from gristmill.tensor import BFloat16, Quantized, Sparse, Tensor
+from gristmill.tensor import BFloat16, Quantized, Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
 
 BATCH = 64  # examples that calibration runs at a time
@@ -75,7 +75,7 @@ class Quantize(Pass):
         result = model.replace(tensors=quantized)
         if self.calibration is None:
             return result
-        static = {name for name in chosen if result.tensors[name].kind == "quantized"}
+        static = {name for name in chosen if is_int8(result.tensors[name])}
         ranges = observed(model, static, batches(model, self.calibration, context), self.percentile, context.threads)
         return result.replace(nodes=tuple(with_scale(node, ranges) if reads(node, static) else node for node in result.nodes))
 
