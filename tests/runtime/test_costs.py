@@ -51,7 +51,7 @@ def bound(session, m):
 def forced(model, index, threads=1):
     """A session that takes the way of this index where there is one."""
     session = Session(model, threads)
-    session.options = replace(session.options, decide=lambda ways, threads, resident: ways[index])
+    session.options = replace(session.options, decide=lambda ways, resident: ways[index])
     return session
 
 
@@ -97,6 +97,14 @@ def test_few_rows_run_dense_and_many_run_sparse():
     assert bound(session, 128) == ["blocks 4x4 int8"]
     x = rows(128, 768)
     np.testing.assert_array_equal(session.run(x=x)["y"][:1], session.run(x=x[:1])["y"])
+
+
+def test_what_is_left_of_a_batch_runs_as_its_items_do():
+    session = Session(layer(sparse(768, 768, (4, 4), "int8", 0.2)), threads=2)
+    session.run(x=rows(8 * 128 + 1, 768))
+    batch = next(iter(session._runs.values()))
+    assert batch.rest.layout.choices["y"].way.size.m == 1
+    assert {part.layout.choices["y"].way.product.name for part in (batch.whole, batch.rest)} == {"blocks 4x4 int8"}
 
 
 def test_dense_weights_stay_dense():
@@ -174,14 +182,14 @@ def measured(monkeypatch):
 
 def decide(found):
     ways = [costs._alone(product, Size(4, 64, 64, 100.0)) for product in (DENSE, BLOCKS)]
-    return found.decide(ways, 1, 0)
+    return found.decide(ways, 0)
 
 
 def test_prices_are_measured_once_and_kept(tmp_path, measured):
     path = tmp_path / "deep" / "costs.json"
     first = costs.Costs(path)
     way = decide(first)
-    wanted = ["dense int8", "blocks 4x4 int8", "rows to tile codes", "rows to lanes codes", "lanes to rows"]
+    wanted = ["dense int8", "blocks 4x4 int8", "rows to tile codes", "rows to lanes codes"]
     assert sorted(measured) == sorted(wanted)
     assert decide(first) == decide(costs.Costs(path)) == way
     assert len(measured) == len(wanted)

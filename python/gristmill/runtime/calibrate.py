@@ -91,7 +91,7 @@ def _steps(product: Product, tensors: Sequence[Tensor], m: int) -> list[_core.Pr
     x = TensorType(np.dtype(np.float32), (m, tensors[0].shape[1]))
     model = Model(nodes, {f"w{i}": tensor for i, tensor in enumerate(tensors)}, {"x": x}, (nodes[-1].name,))
 
-    def only(ways: Sequence[Way], threads: int, resident: int) -> Way:
+    def only(ways: Sequence[Way], resident: int) -> Way:
         return next((way for way in ways if way.product == product), ways[0])
 
     layout = Layout(model, determine(model, {"x": x}, {}), 1, {}, {}, Options(decide=only))

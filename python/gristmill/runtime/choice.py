@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gristmill.ops import Node, find
+from gristmill.ops.activation import Activation
 from gristmill.ops.linear import Linear
 from gristmill.ops.products import Product
 from gristmill.ops.products.product import Size, rows_of, size_of
@@ -60,16 +61,17 @@ def ways_of(node: Node, products: Sequence[Product], layout: "Layout") -> tuple[
 
 
 def _moves(node: Node, product: Product, size: Size, layout: "Layout") -> list[tuple[Move, Size, float]]:
-    """What a product needs converted: its input, shared with others that read it so, and its residual. Its output it writes as
-    readers want it."""
-    x, residual = node.inputs[0], node.input(3)
+    """What a product needs converted: its input, shared with others that read it so; its residual; its output."""
+    x, residual, out = node.inputs[0], node.input(3), node.outputs[0]
     made = Size(size.m, size.n, 0, 0)
     moves = []
     if not _is_there(x, product.layout, layout):
-        readers = sum(isinstance(find(reader), Linear) for reader in layout.readers[x])
+        readers = sum(isinstance(find(reader), Linear) for reader, _ in layout.readers[x])
         moves.append((Move(_form(x, layout), product.layout), size, 1 / readers))
-    if residual and not _is_there(residual, product.out, layout):
+    if residual and product.out != "either" and not _is_there(residual, product.out, layout):
         moves.append((Move(_form(residual, layout), product.out), made, 1.0))
+    if product.out == "lanes" and wants_rows(out, layout):
+        moves.append((Move("lanes", "rows"), made, 1.0))
     return moves
 
 
@@ -84,15 +86,10 @@ def _form(name: str, layout: "Layout") -> str:
     return next(iter(layout.forms.get(name, ())), "rows")
 
 
-def readers_of(model: "Model") -> dict[str, list[Node]]:
-    """Return the nodes that read each value."""
-    readers: dict[str, list[Node]] = {}
-    for node in model.nodes:
-        for name in {*node.inputs, *node.outputs}:
-            readers.setdefault(name, [])
-        for name in set(node.inputs):
-            readers[name].append(node)
-    return readers
+def wants_rows(name: str, layout: "Layout") -> bool:
+    """Whether something reads a value that reads rows alone. Products and activations take either."""
+    either = (Linear, Activation)
+    return name in layout.model.outputs or any(not isinstance(find(reader), either) for reader, _ in layout.readers.get(name, ()))
 
 
 def stored_bytes(model: "Model") -> int:

@@ -87,10 +87,11 @@ class Costs:
         moves = sum(part * self.seconds(move, size, threads) for move, size, part in way.moves)
         return self.expected(way, threads, resident) + moves
 
-    def decide(self, ways: Sequence[Way], threads: int, resident: int) -> Way:
-        """Return the way of the least expected time; of equals the first."""
+    def decide(self, ways: Sequence[Way], resident: int) -> Way:
+        """Return the way of the least expected time on one thread, so that it does not depend on how many run it; of equals the
+        first."""
         self._ready([way.product for way in ways], [move for way in ways for move, _, _ in way.moves])
-        return min(ways, key=lambda way: self.total(way, threads, resident))
+        return min(ways, key=lambda way: self.total(way, 1, resident))
 
     # ---- inner ----
 
@@ -270,6 +271,6 @@ def _products(form: str) -> list[Product]:
 def _alone(product: Product, size: Size) -> Way:
     """A layer that finds its input in rows and leaves its output in rows."""
     moves = [] if product.layout == "rows" else [(Move("rows", product.layout), size, 1.0)]
-    if product.out != "rows":
+    if product.out == "lanes":
         moves.append((Move(product.out, "rows"), Size(size.m, size.n, 0, 0), 1.0))
     return Way(product, size, 0, tuple(moves))

@@ -14,7 +14,7 @@ from gristmill.model import Model
 from gristmill.ops import TensorType, find
 from gristmill.ops.op import as_rows
 from gristmill.ops.shape import View
-from gristmill.runtime.plan import Plan
+from gristmill.runtime.plan import Layout, Plan
 from gristmill.runtime.shapes import Shapes
 from gristmill.runtime.staged import Run
 from gristmill.tensor.parts import Array
@@ -40,10 +40,11 @@ class Mapped:
 
     Args:
         plans: equal plans, one for each thread, each a single program.
+        layout: what they were made from.
     """
 
-    def __init__(self, plans: Sequence[Plan]) -> None:
-        self.plans = plans
+    def __init__(self, plans: Sequence[Plan], layout: Layout) -> None:
+        self.plans, self.layout = plans, layout
         self.programs = [plan.program for plan in plans]
 
     @property

@@ -22,7 +22,7 @@ from gristmill.ops.op import as_rows, refusal
 from gristmill.ops.products import Product
 from gristmill.ops.products.product import static_scale
 from gristmill.runtime.arena import FOREVER, Buffer, Memory, place
-from gristmill.runtime.choice import Choice, Way, readers_of, stored_bytes, ways_of
+from gristmill.runtime.choice import Choice, Way, stored_bytes, ways_of
 from gristmill.runtime.shapes import Shapes
 from gristmill.tensor import BFloat16, Quantized, Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
@@ -111,11 +111,14 @@ class Options:
     low_precision: bool = False
     reference: bool = False
     in_place: bool = False
-    decide: Callable[[Sequence[Way], int, int], Way] | None = None  # of ways, threads and bytes of weights; None: own forms
+    decide: Callable[[Sequence[Way], int], Way] | None = None  # of ways, given the bytes of all weights; None: own forms
 
 
 class Layout:
-    """The first pass: steps over unplaced buffers. Implements `ops.op.Binder`."""
+    """The first pass: steps over unplaced buffers. Implements `ops.op.Binder`.
+
+    `like` is a layout of the same model for another batch, whose choice of products is taken over.
+    """
 
     def __init__(
         self,
@@ -125,13 +128,14 @@ class Layout:
         trainable: Mapping[str, Array],
         outputs: Mapping[str, Array],
         options: "Options",
+        like: "Layout | None" = None,
     ) -> None:
         self.model, self.types, self.values, self.threads = model, shapes.types, shapes.values, threads
         self.trainable, self.bound, self.in_place = trainable, outputs, options.in_place
         self.precision, self.low_precision = options.precision, options.low_precision
         self.steps: list[Step] = []
         self.choices: dict[str, Choice] = {}  # by node
-        self.decide = options.decide
+        self.decide, self.like = options.decide, like
         self.scales: dict[str, Buffer] = {}
         self.panels: dict[tuple[str, str, tuple[float, int] | None], tuple[Buffer, Buffer, Buffer]] = {}
         self.inputs = {name: self._fresh(name, "rows") for name in model.inputs}
@@ -201,12 +205,13 @@ class Layout:
 
     def wanted(self, name: str) -> str:
         """The layout to make a value in where a kernel can write either: lanes if that saves a reader a conversion."""
-        lanes = any(form.startswith("lanes") for form, _ in self._forms_read(name))
-        return "lanes" if lanes and name not in self.bound else "rows"
+        forms = (find(node).reads(node, index, self) for node, index in self.readers.get(name, ()))
+        return "lanes" if name not in self.bound and any(form.startswith("lanes") for form in forms) else "rows"
 
     def codes_alone(self, name: str) -> tuple[str, tuple[float, int] | None] | None:
         """Layout and static scale of the codes that all readers of a value take; None if anything else is read of it."""
-        forms = set() if name in self.model.outputs else self._forms_read(name)
+        readers = [] if name in self.model.outputs else self.readers.get(name, [])
+        forms = {(find(node).reads(node, index, self), static_scale(node)) for node, index in readers}
         if len(forms) != 1:
             return None
         ((form, static),) = forms
@@ -263,20 +268,22 @@ class Layout:
         return Packed(name, pack)
 
     def choose(self, node: Node, products: Sequence[Product]) -> Product:
-        """The product that a Linear is bound to, of those that can serve it: its weight's own, or the fastest expected."""
-        if node.name not in self.choices:  # whoever asks first, for its own layout may depend on the answer
+        """The product that a Linear is bound to, of those that can serve it: its weight's own, or the fastest expected.
+
+        The same whenever it is asked for.
+        """
+        if node.name not in self.choices:
             ways = ways_of(node, products, self)
-            way = ways[0] if self.decide is None or len(ways) == 1 else self.decide(ways, self.threads, self.resident)
-            self.choices[node.name] = Choice(way, ways)
+            self.choices[node.name] = Choice(self._way(node, ways), ways)
         return self.choices[node.name].way.product
 
     def step(self, kernel: Callable[..., None], *args: Any) -> None:
         self.steps.append(Step(self.node, kernel, args))
 
     @cached_property
-    def readers(self) -> dict[str, list[Node]]:
-        """The nodes that read each value."""
-        return readers_of(self.model)
+    def readers(self) -> dict[str, list[tuple[Node, int]]]:
+        """By value: the nodes that read it, and as which input."""
+        return _readers(self.model)
 
     @cached_property
     def resident(self) -> int:
@@ -285,10 +292,12 @@ class Layout:
 
     # ---- inner ----
 
-    def _forms_read(self, name: str) -> set[tuple[str, tuple[float, int] | None]]:
-        """The forms in which the readers of a value want it, and the static scales of those that are codes."""
-        places = ((node, index) for node in self.readers.get(name, ()) for index, x in enumerate(node.inputs) if x == name)
-        return {(find(node).reads(node, index, self), static_scale(node)) for node, index in places}
+    def _way(self, node: Node, ways: Sequence[Way]) -> Way:
+        alike = None if self.like is None else self.like.choices[node.name].way.product
+        found = next((way for way in ways if way.product == alike), None)
+        if found is None and self.decide is not None and len(ways) > 1:
+            return self.decide(ways, self.resident)
+        return found or ways[0]
 
     def _move(self, kernel: Callable[..., None], *args: Any) -> None:
         self.steps.append(Step(self.node, kernel, args, moves=True))
@@ -353,6 +362,15 @@ class Layout:
         used = [b for step in self.steps for b in step.buffers()] + [*self.inputs.values(), *self.outputs.values()]
         self.packs = {arg for step in self.steps for arg in step.args if isinstance(arg, Packed)}
         return place(list({id(b.root): b.root for b in used if not b.external}.values()))
+
+
+def _readers(model: Model) -> dict[str, list[tuple[Node, int]]]:
+    """By value: the nodes that read it, and as which input."""
+    readers: dict[str, list[tuple[Node, int]]] = {}
+    for node in model.nodes:
+        for index, name in enumerate(node.inputs):
+            readers.setdefault(name, []).append((node, index))
+    return readers
 
 
 def _groups(steps: list[Step], inputs: Iterable[Buffer]) -> list[int]:

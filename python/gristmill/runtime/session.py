@@ -261,17 +261,17 @@ class Session:
             return None
         batch = next(iter(given.values())).extents[0]
         whole = self._mapped(_resized(given, size))
-        rest = self._mapped(_resized(given, batch % size)) if batch % size else None
+        rest = self._mapped(_resized(given, batch % size), whole) if batch % size else None
         if whole is None or (batch % size and rest is None):
             return None
         return Batch(whole, rest, size, {name: shapes.types[name] for name in self.model.outputs})
 
-    def _mapped(self, given: Mapping[str, TensorType]) -> Mapped | None:
-        """Plan an item for every thread; None where a part of the plan is Python."""
+    def _mapped(self, given: Mapping[str, TensorType], like: Mapped | None = None) -> Mapped | None:
+        """Plan an item for every thread, with the products of another item; None where a part of the plan is Python."""
         shapes = determine(self._graph, given, self.trainable)
         if shapes.pending:
             return None
-        layout = Layout(self._graph, shapes, 1, self.trainable, {}, self.options)
+        layout = Layout(self._graph, shapes, 1, self.trainable, {}, self.options, None if like is None else like.layout)
         if not layout.steps or any(step.kernel is None for step in layout.steps):
             return None
         if not self._arenas or layout.nbytes > self._arenas[0].nbytes:
@@ -279,7 +279,7 @@ class Session:
             self.memory.release(sum(arena.nbytes for arena in self._arenas))
             self._arenas = []
             self._arenas = [self.memory.allocate(layout.nbytes) for _ in range(self.threads)]
-        return Mapped([Plan(layout, arena, self.weights) for arena in self._arenas])
+        return Mapped([Plan(layout, arena, self.weights) for arena in self._arenas], layout)
 
     def _over(self, graph: Model) -> Run:
         """Return a run of a part of the graph, all of whose inputs have concrete types."""
@@ -368,9 +368,9 @@ def _reblocked(model: Model) -> Model:
     return model.replace(tensors={name: t.reblocked(4) for name, t in scattered.items() if t.shape[1] % 4 == 0})
 
 
-def decide(ways: Sequence[Way], threads: int, resident: int) -> Way:
+def decide(ways: Sequence[Way], resident: int) -> Way:
     """Choose by what products cost on this machine. Not within a budget, where no copies of weights are made."""
-    return costs().decide(ways, threads, resident)
+    return costs().decide(ways, resident)
 
 
 _sessions: "weakref.WeakKeyDictionary[Model, Session]" = weakref.WeakKeyDictionary()

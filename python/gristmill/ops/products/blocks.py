@@ -95,11 +95,11 @@ def blocks_nbytes(tensor: Tensor) -> int:
 
 PRODUCTS: tuple[Product, ...] = (
     *(
-        BlocksFloat(f"blocks {r}x{c} float32", "lanes", (r, c), "float32", out="lanes", form=f"{r}x{c} float32")
+        BlocksFloat(f"blocks {r}x{c} float32", "lanes", (r, c), "float32", out="either", form=f"{r}x{c} float32")
         for r, c in ((1, 1), (1, 4), (2, 4), (4, 4))
     ),
     *(
-        BlocksInt8(f"blocks {r}x{c} int8", "lanes codes", (r, c), "int8", out="lanes", form=f"{r}x{c} int8")
+        BlocksInt8(f"blocks {r}x{c} int8", "lanes codes", (r, c), "int8", out="either", form=f"{r}x{c} int8")
         for r, c in ((1, 4), (2, 4), (4, 4))
     ),
 )

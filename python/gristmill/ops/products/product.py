@@ -30,7 +30,7 @@ class Product(ABC):
     Args:
         name: what `Session.explain` prints, and what the cost model knows the product by, such as "blocks 4x4 int8".
         layout: the activations that it reads: "rows", "lanes", or a panel of codes, "tile codes" or "lanes codes".
-        out: the layout of its outputs, "rows" or "lanes".
+        out: the layout of its outputs: "rows", "lanes", or "either", as their readers want it.
         form: the weights that it is the own product of: a pattern ("dense", "4x4") and a dtype, such as "4x4 int8".
     """
 
