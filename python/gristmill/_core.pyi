@@ -397,7 +397,8 @@ def sparse_linear(
 ) -> None:
     """Lanes in, lanes out: out[N,M] = activation(weight[N,K] @ x[K,M] + bias) + residual[N,M], float32 blocks [r, c].
 
-    With `to_rows`, out and residual are [M,N]. The values of a Weight are read at every run. out may be residual; it must not overlap x. A column's bits do not depend on M.
+    With `to_rows`, out and residual are [M,N]. The values of a Weight are read at every run. out may be residual; it must not
+    overlap x. A column's bits do not depend on M.
     """
 
 def sparse_linear_int8(
@@ -416,8 +417,8 @@ def sparse_linear_int8(
 ) -> None:
     """The same from a "lanes" panel of quantised activations; blocks [r, 4]; weight_scale is read at every run.
 
-    codes: uint8, flat, of tiles [K / 4][64][4], the last one [K / 4][its rows rounded up to 16][4], padded with 128; K < 131072. A code stands for (code - zeros[M]) *
-    scales[M]; without `zeros` (int32) all are 128, with them K <= 66311.
+    codes: uint8, flat, of tiles [K / 4][64][4], the last one [K / 4][its rows rounded up to 16][4], padded with 128; K < 131072.
+    A code stands for (code - zeros[M]) * scales[M]; without `zeros` (int32) all are 128, with them K <= 66311.
     """
 
 def sparse_linear_to_codes(
