@@ -460,7 +460,8 @@ def sparse_linear(
 ) -> None:
     """Lanes in, lanes out: out[N,M] = activation(weight[N,K] @ x[K,M] + bias) + residual[N,M], float32 blocks [r, c].
 
-    With `to_rows`, out and residual are [M,N]. The values of a Weight are read at every run. out may be residual; it must not overlap x. A column's bits do not depend on M.
+    With `to_rows`, out and residual are [M,N]. The values of a Weight are read at every run. out may be residual; it must not
+    overlap x. A column's bits do not depend on M.
     """
 
 def sparse_linear_int8(

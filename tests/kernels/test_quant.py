@@ -21,12 +21,12 @@ def weight(codes, scale=None):
     return _core.Weight(codes, codes.shape, np.ones(len(codes), np.float32) if scale is None else scale)
 
 
-def quantize(x, layout="tile", lanes=False):
+def quantize(x, layout="tile", lanes=False, *static):
     m, k = x.shape[::-1] if lanes else x.shape
     codes, scales = np.empty(_core.codes_nbytes(m, k, layout), np.uint8), np.empty(m, np.float32)
     zeros = np.empty(m, np.int32)
     program = _core.Program()
-    _core.quantize_activations(program, x, lanes, layout, codes, scales, zeros)
+    _core.quantize_activations(program, x, lanes, layout, codes, scales, zeros, *static)
     program.run()
     return codes, scales, zeros
 
@@ -176,6 +176,18 @@ def test_every_level_reads_the_same_packed_bytes():
         answers.append(linear(x, packed, scale))
     _core.set_isa(None)
     assert all(np.array_equal(answers[0], other) for other in answers)
+
+
+@pytest.mark.parametrize("lanes", [False, True])
+@pytest.mark.parametrize("static", [(), (0.02, 77)])
+def test_both_layouts_have_the_same_codes(level, lanes, static):
+    x = np.random.default_rng(6).standard_normal((11, 21)).astype(np.float32) + 1
+    x[3], x[7, 2] = 0, np.nan
+    given = np.ascontiguousarray(x.T) if lanes else x
+    codes, *found = quantize(given, "tile", lanes, *static)
+    wanted, *same = quantize(given, "lanes", lanes, *static)
+    np.testing.assert_array_equal(found, same)
+    np.testing.assert_array_equal(codes.reshape(6, 11, 4), wanted.reshape(6, 16, 4)[:, :11])
 
 
 @pytest.mark.parametrize("block", [(1, 1), (1, 4), (2, 4), (4, 4), (3, 2)])

@@ -15,7 +15,7 @@ from gristmill.compression.recipe import Context, Pass, is_number, targets
 from gristmill.errors import ModelError
 from gristmill.model import Model
 from gristmill.ops import Node
-from gristmill.tensor import BFloat16, Bitmask, Int4, Quantized, Sparse, Tensor
+from gristmill.tensor import BFloat16, Bitmask, Int4, Quantized, Sparse, Tensor, is_int8
 from gristmill.tensor.int4 import LARGEST_GROUP
 from gristmill.tensor.parts import Array
 
@@ -107,7 +107,8 @@ class Quantize(Pass):
         result = model.replace(tensors=quantized)
         if self.calibration is None:
             return result
-        static = {name for name in chosen if result.tensors[name].kind == "quantized"}
+        kinds = Quantized, Sparse  # whose int8 products take static scales
+        static = {name for name in chosen if isinstance(result.tensors[name], kinds) and is_int8(result.tensors[name])}
         data = batches(model, self.calibration, context, "Quantize")
         found = ranges(model, static, data, self.percentile, context.threads, "Quantize")
         return result.replace(nodes=tuple(with_scale(node, found) if reads(node, static) else node for node in result.nodes))

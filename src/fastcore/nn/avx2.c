@@ -47,7 +47,7 @@ static void layer_norm_f32_avx2(const float *x, int64_t rows, int64_t n, const f
     layer_norm_body(x, rows, n, gamma, beta, epsilon, out);
 }
 static void layer_norm_lanes_f32_avx2(const float *x, int64_t stride, int64_t rows, int64_t n, const float *gamma,
-                                        const float *beta, float epsilon, float *out) {
+                                      const float *beta, float epsilon, float *out) {
     layer_norm_lanes_body(x, stride, rows, n, gamma, beta, epsilon, out);
 }
 static void layer_norm_grad_f32_avx2(const float *dy, const float *x, int64_t rows, int64_t n, const float *gamma, float epsilon,

@@ -80,7 +80,8 @@ FC_INLINE __m512 sum_down(const float *x, int64_t stride, int64_t n, __mmask16 l
 #pragma GCC unroll 16
         for (int l = 0; l < 16; l++) {
             const __m512 v = _mm512_maskz_loadu_ps(live, x + l * stride);
-            sums[l] = mean ? _mm512_fmadd_ps(_mm512_sub_ps(v, *mean), _mm512_sub_ps(v, *mean), sums[l]) : _mm512_add_ps(sums[l], v);
+            sums[l] =
+                mean ? _mm512_fmadd_ps(_mm512_sub_ps(v, *mean), _mm512_sub_ps(v, *mean), sums[l]) : _mm512_add_ps(sums[l], v);
         }
 #pragma GCC unroll 15
     for (int l = 0; l < 15; l++) {

@@ -84,10 +84,10 @@ typedef struct static_scale {
     __m512 scale, inverse, most;
 } static_scale;
 
-/* static_code of body.h, before the zero point and the clipping, which pack_bytes does. */
+/* static_code of body.h, before the zero point and the clipping, which pack_bytes does. What is far below has no bound here: it
+ * becomes -2^31, by a NaN on the way or not. */
 FC_INLINE __m512i quantize_static(__m512 x, const static_scale *s) {
-    x = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), x);
-    x = _mm512_max_ps(_mm512_min_ps(x, s->most), _mm512_sub_ps(_mm512_setzero_ps(), s->most));
+    x = _mm512_maskz_min_ps(_mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), x, s->most);
     const __m512 q = _mm512_mul_ps(x, s->inverse);
     return _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_fnmadd_ps(q, s->scale, x), s->inverse, q));
 }

@@ -12,8 +12,9 @@
  *
  * Quantising a row, each operation rounded to float32: low = min(0, min x), high = max(0, max x), half = high / 2 - low / 2
  * (half, for high - low may overflow); scale = half / 127.5, inverse = 127.5 / half, zero = round half even(-low * inverse),
- * q = clip(round half even(x * inverse) + zero, 0, 255). So 0 is exact, and a row of one sign has all 256 codes. A row whose half is below FC_INT8_TINY has scale 1, zero 128 and all q = 128. A row with an infinity or a NaN has scale NaN, so
- * that everything computed from it is NaN; its codes are of no meaning (but the same everywhere).
+ * q = clip(round half even(x * inverse) + zero, 0, 255). So 0 is exact, and a row of one sign has all 256 codes. A row whose half
+ * is below FC_INT8_TINY has scale 1, zero 128 and all q = 128. A row with an infinity or a NaN has scale NaN, so that everything
+ * computed from it is NaN; its codes are of no meaning (but the same everywhere).
  *
  * Static scales, chosen beforehand: q = clip(round half even(x / scale) + zero, 0, 255), as ONNX QuantizeLinear has it, with one
  * scale and zero point for all rows, in either layout. Infinities are clipped too; NaN counts as 0.
@@ -29,11 +30,11 @@
 #include "../weight.h"
 
 enum {
-    FC_INT8_ROWS = 12,       /* rows of x in a group of the "tile" layout */
-    FC_INT8_COLUMNS = 32,    /* rows of the weight in a packed panel */
-    FC_INT8_LANES = 16,      /* what the "lanes" layout rounds m up to */
-    FC_INT8_TILE = 64,       /* rows of x in a tile of the "lanes" layout */
-    FC_INT8_MAX_K = 66311,   /* floor((2^31 - 1) / (127 * 255)) */
+    FC_INT8_ROWS = 12,     /* rows of x in a group of the "tile" layout */
+    FC_INT8_COLUMNS = 32,  /* rows of the weight in a packed panel */
+    FC_INT8_LANES = 16,    /* what the "lanes" layout rounds m up to */
+    FC_INT8_TILE = 64,     /* rows of x in a tile of the "lanes" layout */
+    FC_INT8_MAX_K = 66311, /* floor((2^31 - 1) / (127 * 255)) */
 };
 #define FC_INT8_TINY 0x1p-119f /* below it half / 127.5 is subnormal */
 
@@ -132,8 +133,8 @@ void fc_quantize_activations(const void *args, int rank, int size);
 /* Rows first ... last of one tile of a "lanes" panel, from x[k][stride] if x_lanes, else x[last - first][stride]; the last rows
  * of all fill up the panel. Reads no a->x. */
 void fc_quantize_tile(const fc_quantize_activations_args *a, const float *x, int64_t stride, int64_t first, int64_t last);
-/* The same with a static scale and x_lanes, at the depths depth ... end of k alone: x[end - depth][stride]. depth is a multiple of
- * 4, and so is end unless it is k. */
+/* The same with a static scale and x_lanes, at the depths depth ... end of k alone: x[end - depth][stride]. depth is a multiple
+ * of 4, and so is end unless it is k. */
 void fc_quantize_depths(const fc_quantize_activations_args *a, const float *x, int64_t stride, int64_t first, int64_t last,
                         int64_t depth, int64_t end);
 

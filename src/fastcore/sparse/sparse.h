@@ -101,9 +101,9 @@ typedef struct fc_sparse_linear {
     float *out;                         /* [n][m], or [m][n] if to_rows; may be residual, must not overlap x */
     int to_rows;
     fc_activation activation;
-    /* Unless codes.codes is NULL the result becomes codes, of m rows of n in a "lanes" panel, and out is a tile [n][64] for each of
-     * `tiles` ranks (more do nothing): no float32 of the result leaves the cache. No residual then, and not to_rows. With a static
-     * scale nothing is written to out. */
+    /* Unless codes.codes is NULL the result becomes codes, of m rows of n in a "lanes" panel, and out is a tile [n][64] for each
+     * of `tiles` ranks (more do nothing): no float32 of the result leaves the cache. No residual then, and not to_rows. With a
+     * static scale nothing is written to out. */
     fc_quantize_activations_args codes;
     int64_t tiles;
 } fc_sparse_linear;

@@ -253,4 +253,63 @@ INT8 = Case(
     work=lambda size: product_work(size, "vnni"),
 )
 
-CASES: list[Case] = [F32, INT8]
+
+def coded_inputs(rng, size):
+    drawn = int8_inputs(rng, size)
+    if drawn["zeros"] is None:
+        drawn["zeros"] = np.full(drawn["m"], 128, np.int32)
+    static = {"static": (0.5 + size[0] / 100, 90 + size[6])} if size[1] % 8 else {"static": ()}
+    return {**drawn, "residual": None, "to_rows": False, **static}
+
+
+def coded_outputs(inputs):
+    m, n = inputs["m"], inputs["shape"][0]
+    nbytes = _core.codes_nbytes(m, n, "lanes")
+    return {"codes": ((nbytes,), np.uint8), "scales": ((m,), np.float32), "zeros": ((m,), np.int32)}
+
+
+def coded_run(inputs, outputs, threads):
+    program, scale, n = _core.Program(), inputs["weight_scale"], inputs["shape"][0]
+    weight = _core.Weight(inputs["values"], inputs["shape"], scale, inputs["row_offsets"], inputs["index"])
+    given = flat_panel(inputs["codes"]), inputs["scales"], inputs["zeros"], inputs["m"]
+    made = outputs["codes"], outputs["scales"], outputs["zeros"]
+    scratch = np.empty(2 * 256 * n, np.uint8)  # a third thread has nothing to do
+    bias, activation = inputs["bias"], inputs["activation"]
+    packed = _core.pack_sparse(weight)
+    _core.sparse_linear_to_codes(program, *given, packed, scale, bias, activation, *made, scratch, *inputs["static"])
+    program.run(threads)
+
+
+def coded_oracle(inputs):
+    """The float32 result in lanes, quantised by itself: the same bits, and so tested where both are tested."""
+    m, n = inputs["m"], inputs["shape"][0]
+    out = np.empty((n, m), np.float32)
+    int8_bind(inputs, {"out": out}).run()
+    made = {name: np.empty(shape, dtype) for name, (shape, dtype) in coded_outputs(inputs).items()}
+    program = _core.Program()
+    _core.quantize_activations(program, out, True, "lanes", *made.values(), *inputs["static"])
+    program.run()
+    return made
+
+
+CODED = Case(
+    name="sparse_linear_to_codes",
+    slots=("multiply_blocks_u8_s8", "finish_lanes_s32", "quantize_lanes_f32_u8", "quantize_static_lanes_f32_u8"),
+    sizes=(
+        (0, 4, 8, 50, 1, 4, 0),
+        (5, 4, 0, 50, 1, 4, 1),
+        *((m, 16 + 4 * (i % 4), 36, 40, r, 4, i % 5) for i, (m, r) in enumerate((m, r) for r in (1, 2, 4) for m in WIDTHS)),
+        (9, 21, 36, 40, 1, 4, 2),
+        (70, 520, 40, 30, 1, 4, 2),
+        (130, 516, 64, 30, 4, 4, 2),
+    ),
+    inputs=coded_inputs,
+    outputs=coded_outputs,
+    run=coded_run,
+    oracle=coded_oracle,
+    bound=no_difference,
+    bench=((128, 1536, 384, 20, 4, 4, 2),),
+    work=lambda size: product_work(size, "vnni"),
+)
+
+CASES: list[Case] = [F32, INT8, CODED]

@@ -67,7 +67,7 @@ class BlocksInt8(Blocks):
         wanted = None if node.input(3) or not has_tiles(node, binder) else binder.codes_alone(name)
         if wanted is not None and wanted[0] == "lanes":
             panel, static = binder.panel(name, *wanted), wanted[1]
-            scratch = binder.scratch(4 * TILE * binder.tensor(weight).shape[0] * binder.threads)
+            scratch = binder.scratch(4 * LANES * binder.tensor(weight).shape[0] * binder.threads)
             bias, activation, _ = epilogue(node, binder, None)
             binder.step(_core.sparse_linear_to_codes, *product, bias, activation, *panel, scratch, *(static or ()))
             return
@@ -80,12 +80,9 @@ class BlocksInt8(Blocks):
         return blocks_nbytes(tensor) + m * tensor.shape[1]
 
 
-TILE = 64  # rows that a product takes at a time
-
-
 def has_tiles(node: Node, binder: Binder) -> bool:
     """Whether every thread has a tile of the result to make; few rows are shared out otherwise."""
-    tiles = -(-rows_of(node, binder) // TILE)
+    tiles = -(-rows_of(node, binder) // LANES)
     return tiles % binder.threads == 0 or tiles >= 8 * binder.threads
 
 
