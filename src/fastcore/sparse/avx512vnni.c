@@ -27,8 +27,9 @@ FC_INLINE void add_block(const fc_blocks_tile *t, int64_t b, int R, int V, __m51
     }
 }
 
-/* What the sums of a row start from in register v of the columns. */
+/* What the sums of a row start from in register v of the columns. The multiplication is slow, and mostly one would do for all. */
 FC_INLINE __m512i start(const fc_blocks_tile *t, int64_t row, int v) {
+    if (t->uniform) return _mm512_set1_epi32((int32_t)-((uint32_t)t->sums[row] * (uint32_t)t->zeros[0]));
     return _mm512_mullo_epi32(_mm512_set1_epi32((int32_t)-(uint32_t)t->sums[row]), _mm512_load_si512(t->zeros + v * 16));
 }
 

@@ -9,7 +9,7 @@
 #include "../parallel.h"
 
 enum {
-    WEIGHT_BYTES = 256 * 1024, /* weights that stay in L2 beside a panel */
+    WEIGHT_BYTES = 512 * 1024, /* weights that stay in L2 beside a panel */
     NEAR_ROWS = 32,            /* weight rows whose sums stay in L1: 8 KiB */
 };
 
@@ -92,10 +92,15 @@ fc_blocks_split fc_blocks_split_k(const fc_weight *weight) {
 static void sum_rows(const fc_weight *w, int64_t group, int32_t *sums) {
     const int64_t r = w->block_rows, c = w->block_cols;
     for (int64_t i = 0; i < r; i++) {
-        int32_t sum = 0;
+        int32_t sum = 0, negative = 0;
         for (int64_t b = w->row_offsets[group]; b < w->row_offsets[group + 1]; b++)
-            for (int64_t j = 0; j < c; j++) sum += ((const int8_t *)w->values)[(b * r + i) * c + j];
+            for (int64_t j = 0; j < c; j++) {
+                const int8_t value = ((const int8_t *)w->values)[(b * r + i) * c + j];
+                sum += value;
+                negative -= value < 0 ? value : 0;
+            }
         sums[group * r + i] = sum;
+        sums[w->n + group * r + i] = negative;
     }
 }
 
@@ -153,6 +158,11 @@ typedef float dword;
 /* Copy `columns` dwords of each row and fill up to `width` with zeros. */
 static void copy_panel(dword *restrict panel, const dword *restrict x, int64_t stride, int64_t rows, int64_t columns,
                        int64_t width) {
+    if (width <= 4) { /* a call of memcpy for each row would take longer than the product */
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < width; j++) panel[i * width + j] = j < columns ? x[i * stride + j] : 0.0f;
+        return;
+    }
     for (int64_t i = 0; i < rows; i++, panel += width, x += stride) {
         memcpy(panel, x, (size_t)columns * sizeof *panel);
         for (int64_t j = columns; j < width; j++) panel[j] = 0.0f;
@@ -165,6 +175,22 @@ static int64_t tile_width(const fc_weight *w, int64_t count) {
     return count <= 4 ? 4 : (count + 15) / 16 * 16;
 }
 
+/* Dwords between the rows of the tile of codes that begins with column m. */
+static int64_t codes_stride(const fc_sparse_linear *a, int64_t m) {
+    const int64_t padded = (a->m + FC_INT8_LANES - 1) / FC_INT8_LANES * FC_INT8_LANES;
+    return smaller(padded - m, FC_LANES);
+}
+
+/* The zero points of a tile's columns; returns whether all are the same. */
+static int load_zeros(const fc_sparse_linear *a, int64_t m, int64_t count, int32_t *zeros) {
+    int32_t differ = 0;
+    for (int64_t i = 0; i < FC_LANES; i++) {
+        zeros[i] = a->zeros ? a->zeros[i < count ? m + i : m] : 128;
+        differ |= zeros[i] ^ zeros[0];
+    }
+    return !differ;
+}
+
 /* Point the tile at the panel rows of column blocks begin ... end: codes of a wide tile lie ready, all else is copied. */
 static void load_panel(const fc_sparse_linear *a, fc_blocks_tile *tile, dword *panel, int64_t begin, int64_t end, int64_t m,
                        int64_t count) {
@@ -173,7 +199,7 @@ static void load_panel(const fc_sparse_linear *a, fc_blocks_tile *tile, dword *p
         copy_panel(panel, (const dword *)a->x + begin * per_block * a->m + m, a->m, rows, count, tile->width);
         return;
     }
-    const int64_t padded = (a->m + FC_INT8_LANES - 1) / FC_INT8_LANES * FC_INT8_LANES, stride = smaller(padded - m, FC_LANES);
+    const int64_t stride = codes_stride(a, m);
     const dword *codes = (const dword *)a->x + m * (a->weight.k / 4) + begin * stride;
     if (tile->width < 16)
         copy_panel(panel, codes, stride, rows, tile->width, tile->width);
@@ -243,25 +269,26 @@ static int64_t resident_groups(const fc_sparse_linear *a) {
 /* Row groups first ... last of the columns m ... (count of them). */
 static void run_tile(const fc_sparse_linear *a, int64_t first, int64_t last, int64_t m, int64_t count) {
     const fc_weight *w = &a->weight;
-    const int64_t width = tile_width(w, count), most = groups_at_once(w, width),
-                  padded = (a->m + FC_INT8_LANES - 1) / FC_INT8_LANES * FC_INT8_LANES;
+    const int64_t width = tile_width(w, count), most = groups_at_once(w, width);
     _Alignas(64) dword panel[FC_PANEL_ROWS * FC_LANES];
     _Alignas(64) dword sum[FC_TILE_ROWS * FC_LANES];
     _Alignas(64) int32_t zeros[FC_LANES];
-    for (int64_t i = 0; i < FC_LANES; i++) zeros[i] = a->zeros && i < count ? a->zeros[m + i] : 128;
+    const int uniform = load_zeros(a, m, count, zeros);
     for (int64_t g = first; g < last; g += most) {
         fc_blocks_tile tile = {
             .panel = panel,
             .width = width,
-            .stride = w->kind == FC_BLOCKS_S8 && width >= 16 ? smaller(padded - m, FC_LANES) : width,
+            .stride = w->kind == FC_BLOCKS_S8 && width >= 16 ? codes_stride(a, m) : width,
             .values = w->values,
             .index = w->index,
             .sums = a->sums ? a->sums + g * w->block_rows : NULL,
+            .negatives = a->sums ? a->sums + w->n + g * w->block_rows : NULL,
             .zeros = zeros,
             .sum = sum,
             .groups = smaller(last - g, most),
             .block_rows = w->block_rows,
             .block_cols = w->block_cols,
+            .uniform = uniform,
         };
         multiply(a, &tile, panel, g, m, count);
         finish(a, &tile, g * w->block_rows, m, count);
