@@ -373,7 +373,7 @@ def unpack_blocks(weight: Weight, out: Array, threads: int = 1) -> None:
     """out[n,k] float32 = the dense matrix, scales applied."""
 
 class PackedBlocks:
-    """A block-sparse weight (float32 or int8) with where its rows cross K blocks and the row sums of int8.
+    """A block-sparse weight (float32 or int8) with where its rows cross K blocks and sums over the rows of int8.
 
     It refers to the weight's arrays, which are what the kernels read. Blocks of 1x1 (float32 only), 1x4, 2x4 and 4x4.
     """
@@ -411,8 +411,8 @@ def sparse_linear_int8(
 ) -> None:
     """The same from a "lanes" panel of quantised activations; blocks [r, 4]; weight_scale is read at every run.
 
-    codes: uint8, flat, of tiles [K / 4][64][4], the last one [K / 4][its rows rounded up to 16][4], padded with 128; K < 131072. A code stands for (code - zeros[M]) *
-    scales[M]; without `zeros` (int32) all are 128, with them K <= 66311.
+    codes: uint8, flat, of tiles [K / 4][64][4], the last one [K / 4][its rows rounded up to 16][4], padded with 128; K < 131072.
+    A code stands for (code - zeros[M]) * scales[M]; without `zeros` (int32) all are 128, with them K <= 66311.
     """
 
 # ---- text: rows of tables by index, one vector for each sequence; float32 ----

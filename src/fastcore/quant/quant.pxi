@@ -121,8 +121,8 @@ def quantize_activations(
     """Append: quantise float32 x per row m (rows [M, K], or lanes [K, M] if `lanes`): a uint8 panel, scales[M], int32 zeros[M].
 
     A code stands for (code - zero) * scale. Layout "tile" spreads the 256 codes from min(0, min x) to max(0, max x); layout
-    "lanes" is symmetric, has 128 for all zeros and needs no `zeros` unless a static zero point is another. A row of zeros (or below 2^-119) has scale 1; a row with a
-    value that is not finite has scale NaN, and so has every output computed from it.
+    "lanes" is symmetric, has 128 for all zeros and needs no `zeros` unless a static zero point is another. A row of zeros (or
+    below 2^-119) has scale 1; a row with a value that is not finite has scale NaN, and so has every output computed from it.
 
     With a static `scale`, codes = clip(round half even(x / scale) + zero_point, 0, 255), and all scales and zeros are these; NaN
     counts as 0.
