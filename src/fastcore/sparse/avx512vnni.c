@@ -23,13 +23,15 @@ FC_INLINE void add_block(const fc_blocks_tile *t, int64_t b, int R, int V, __m51
         memcpy(&four, w + r * 4, sizeof four);
         const __m512i weights = _mm512_set1_epi32(four);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[r * V + v] = _mm512_dpbusd_epi32(sum[r * V + v], _mm512_loadu_si512(x + v * 64), weights);
+        for (int v = 0; v < V; v++) {
+            sum[r * V + v] = _mm512_dpbusd_epi32(sum[r * V + v], _mm512_loadu_si512(x + v * 64), weights);
+            __asm__("" : "+v"(sum[r * V + v])); /* keeps the sum in its register */
+        }
     }
 }
 
-/* What the sums of a row start from in register v of the columns. The multiplication is slow, and mostly one would do for all. */
+/* What the sums of a row start from in register v of the columns. */
 FC_INLINE __m512i start(const fc_blocks_tile *t, int64_t row, int v) {
-    if (t->uniform) return _mm512_set1_epi32((int32_t)-((uint32_t)t->sums[row] * (uint32_t)t->zeros[0]));
     return _mm512_mullo_epi32(_mm512_set1_epi32((int32_t)-(uint32_t)t->sums[row]), _mm512_load_si512(t->zeros + v * 16));
 }
 

@@ -181,16 +181,6 @@ static int64_t codes_stride(const fc_sparse_linear *a, int64_t m) {
     return smaller(padded - m, FC_LANES);
 }
 
-/* The zero points of a tile's columns; returns whether all are the same. */
-static int load_zeros(const fc_sparse_linear *a, int64_t m, int64_t count, int32_t *zeros) {
-    int32_t differ = 0;
-    for (int64_t i = 0; i < FC_LANES; i++) {
-        zeros[i] = a->zeros ? a->zeros[i < count ? m + i : m] : 128;
-        differ |= zeros[i] ^ zeros[0];
-    }
-    return !differ;
-}
-
 /* Point the tile at the panel rows of column blocks begin ... end: codes of a wide tile lie ready, all else is copied. */
 static void load_panel(const fc_sparse_linear *a, fc_blocks_tile *tile, dword *panel, int64_t begin, int64_t end, int64_t m,
                        int64_t count) {
@@ -273,7 +263,7 @@ static void run_tile(const fc_sparse_linear *a, int64_t first, int64_t last, int
     _Alignas(64) dword panel[FC_PANEL_ROWS * FC_LANES];
     _Alignas(64) dword sum[FC_TILE_ROWS * FC_LANES];
     _Alignas(64) int32_t zeros[FC_LANES];
-    const int uniform = load_zeros(a, m, count, zeros);
+    for (int64_t i = 0; i < FC_LANES; i++) zeros[i] = a->zeros && i < count ? a->zeros[m + i] : 128;
     for (int64_t g = first; g < last; g += most) {
         fc_blocks_tile tile = {
             .panel = panel,
@@ -288,7 +278,6 @@ static void run_tile(const fc_sparse_linear *a, int64_t first, int64_t last, int
             .groups = smaller(last - g, most),
             .block_rows = w->block_rows,
             .block_cols = w->block_cols,
-            .uniform = uniform,
         };
         multiply(a, &tile, panel, g, m, count);
         finish(a, &tile, g * w->block_rows, m, count);

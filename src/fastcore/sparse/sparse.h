@@ -56,8 +56,7 @@ typedef struct fc_blocks_tile {
     void *sum;                  /* [groups * block_rows][width] float or int32, 64-byte aligned: the accumulators */
     int64_t groups;
     int32_t base, block_rows, block_cols;
-    int32_t uniform; /* all zeros are the same */
-    int32_t first;   /* start from zero instead of from what `sum` holds */
+    int32_t first; /* start from zero instead of from what `sum` holds */
 } fc_blocks_tile;
 
 /* sum += values x panel, blocks of 1x1, 1x4, 2x4 or 4x4. One fused multiply-add per stored value, in ascending K: exact. */
