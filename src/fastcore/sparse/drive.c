@@ -151,6 +151,7 @@ static share divide(const fc_sparse_linear *a, int rank, int size) {
     return s;
 }
 
+_Static_assert(FC_L2_PANEL_ROWS * 4 <= FC_PANEL_ROWS * FC_LANES, "the panel of a narrow tile holds a K block of any weight");
 _Static_assert((int)FC_LANES == (int)FC_INT8_TILE, "a tile of the product is a tile of the panel");
 
 typedef float dword;
@@ -158,9 +159,12 @@ typedef float dword;
 /* Copy `columns` dwords of each row and fill up to `width` with zeros. */
 static void copy_panel(dword *restrict panel, const dword *restrict x, int64_t stride, int64_t rows, int64_t columns,
                        int64_t width) {
-    if (width <= 4) { /* a call of memcpy for each row would take longer than the product */
+    if (width <= 4) { /* a call of memcpy for each row would take longer than the product; codes may lie at any address */
         for (int64_t i = 0; i < rows; i++)
-            for (int64_t j = 0; j < width; j++) panel[i * width + j] = j < columns ? x[i * stride + j] : 0.0f;
+            for (int64_t j = 0; j < width; j++) {
+                panel[i * width + j] = 0.0f;
+                if (j < columns) memcpy(panel + i * width + j, (const char *)x + (i * stride + j) * 4, sizeof *panel);
+            }
         return;
     }
     for (int64_t i = 0; i < rows; i++, panel += width, x += stride) {
@@ -202,8 +206,10 @@ static void multiply(const fc_sparse_linear *a, fc_blocks_tile *tile, dword *pan
     const int coded = a->weight.kind == FC_BLOCKS_S8;
     const fc_blocks_split split = fc_blocks_split_k(&a->weight);
     const int64_t groups = a->weight.n / a->weight.block_rows, columns = a->weight.k / a->weight.block_cols;
-    /* A narrow tile takes several K blocks at once: as many as fill the panel. */
-    const int64_t step = FC_LANES / tile->width;
+    /* A narrow tile takes several K blocks at once: as many as fill the panel, which holds at least one. */
+    const int64_t block_dwords = split.columns * panel_rows(&a->weight) * tile->width;
+    const int copied = !coded || tile->width < 16;
+    const int64_t step = copied ? FC_PANEL_ROWS * FC_LANES / block_dwords : FC_LANES / tile->width;
     for (int64_t q = 0; q < split.count; q += step) {
         const int64_t next = smaller(q + step, split.count);
         const int64_t begin = q * split.columns, end = smaller(next * split.columns, columns);
