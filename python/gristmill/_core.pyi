@@ -439,7 +439,7 @@ def unpack_blocks(weight: Weight, out: Array, threads: int = 1) -> None:
     """out[n,k] float32 = the dense matrix, scales applied."""
 
 class PackedBlocks:
-    """A block-sparse weight (float32 or int8) with where its rows cross K blocks and the row sums of int8.
+    """A block-sparse weight (float32 or int8) with where its rows cross K blocks and sums over the rows of int8.
 
     It refers to the weight's arrays, which are what the kernels read. Blocks of 1x1 (float32 only), 1x4, 2x4 and 4x4.
     """

@@ -206,6 +206,31 @@ def test_int8_extremes_do_not_saturate(level, r):
     assert np.array_equal(out, wanted)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("m", [1, 3, 17, 66])
+def test_zero_points_of_any_kind_agree(rng, level, m):
+    """The same for all, as a static scale has them, or one for each row; none means 128."""
+    inputs = sparse.int8_inputs(rng, (m, 8, 800, 50, 2, 4, 0))
+    weight = _core.Weight(inputs["values"], (8, 800), inputs["weight_scale"], inputs["row_offsets"], inputs["index"])
+    packed, codes = _core.pack_sparse(weight), sparse.flat_panel(inputs["codes"])
+    _core.set_isa(level)
+
+    def product(zeros):
+        out, program = np.empty((8, m), np.float32), _core.Program()
+        ones = np.ones(8, np.float32)
+        _core.sparse_linear_int8(program, codes, np.ones(m, np.float32), m, packed, ones, out, None, None, None, zeros)
+        program.run()
+        return out
+
+    integers = _core.Weight(inputs["values"], (8, 800), np.ones(8, np.float32), inputs["row_offsets"], inputs["index"])
+    dense = np.empty((8, 800), np.float32)
+    _core.unpack_blocks(integers, dense)
+    sums = dense.sum(axis=1, dtype=np.float64)[:, None]
+    plain = product(None).astype(np.float64)  # below 2^24, where float32 holds every integer
+    for zeros in (np.full(m, 128, np.int32), np.full(m, 7, np.int32), rng.integers(0, 256, m).astype(np.int32)):
+        assert np.array_equal(product(zeros), plain + (128 - zeros) * sums)
+
+
 def test_scales_of_weights_are_read_at_every_run(rng):
     inputs = sparse.int8_inputs(rng, (5, 8, 16, 50, 1, 4, 0))
     scale, out = inputs["weight_scale"], np.empty((8, 5), np.float32)

@@ -1,8 +1,10 @@
 /* AVX2 and FMA: products in blocks with lanes along M.
  *
- * A tile is cut into slices of at most eight registers of sums. fp32: broadcast and FMA, bound by the load ports. int8: codes and
- * weights are split into their even and their odd bytes as 16-bit numbers, which vpmaddwd multiplies and adds without
- * saturation; two of them per 32 multiplications bind.
+ * A tile is cut into slices of at most eight registers of sums. fp32: broadcast and FMA, bound by the load ports. int8:
+ * vpmaddubsw multiplies the magnitudes of the weights by signed codes q = code - 128, or by -q - 1 where the weight is negative.
+ * Two products of at most 127 * 128 cannot saturate 16 bits, -q - 1 fits a byte for every code (-q would not), both come from the
+ * code by one exclusive or, and what the -1 takes off is a sum over the row's weights, put on at the start. vpmaddwd by ones
+ * widens. Four instructions per 32 multiplications bind.
  */
 #include "body.h"
 
@@ -72,50 +74,43 @@ static void multiply_blocks_f32_avx2(const fc_blocks_tile *tile) {
         add_blocks_f32(tile, 4, 4);
 }
 
-/* ---- int8: R x 4 blocks, V registers (8 columns of four codes each) from `offset` on ---- */
+/* ---- int8: one row of blocks of R x 4, V registers (8 columns of four codes each) from `offset` on ----
+ *
+ * Rows of a block one by one: eight registers of columns share the work on a weight, which costs more than to load codes again.
+ */
 
-FC_INLINE void add_block_u8_s8(const fc_blocks_tile *t, int64_t b, int64_t offset, int R, int V, __m256i *sum) {
+FC_INLINE void add_row_u8_s8(const fc_blocks_tile *t, int64_t b, int64_t row, int64_t offset, int R, int V, __m256i *sum) {
     const uint8_t *x = (const uint8_t *)t->panel + ((int64_t)(t->index[b] - t->base) * t->stride + offset) * 4;
-    const int8_t *w = (const int8_t *)t->values + b * R * 4;
-    const __m256i low = _mm256_set1_epi16(0xff);
-    __m256i even[4], odd[4];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-        int32_t four;
-        memcpy(&four, w + r * 4, sizeof four);
-        odd[r] = _mm256_srai_epi16(_mm256_set1_epi32(four), 8);
-        even[r] = _mm256_srai_epi16(_mm256_slli_epi16(_mm256_set1_epi32(four), 8), 8);
-    }
+    int32_t four;
+    memcpy(&four, (const int8_t *)t->values + (b * R + row) * 4, sizeof four);
+    const __m256i weights = _mm256_set1_epi32(four), sizes = _mm256_abs_epi8(weights);
+    const __m256i flips = _mm256_xor_si256(_mm256_cmpgt_epi8(_mm256_setzero_si256(), weights), _mm256_set1_epi8(-128));
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) {
         const __m256i codes = _mm256_loadu_si256((const __m256i *)(x + v * 32));
-        const __m256i evens = _mm256_and_si256(codes, low), odds = _mm256_srli_epi16(codes, 8);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            sum[r * V + v] = _mm256_add_epi32(sum[r * V + v], _mm256_madd_epi16(even[r], evens));
-            sum[r * V + v] = _mm256_add_epi32(sum[r * V + v], _mm256_madd_epi16(odd[r], odds));
-            __asm__("" : "+x"(sum[r * V + v])); /* keeps the sum in its register */
-        }
+        const __m256i pairs = _mm256_maddubs_epi16(sizes, _mm256_xor_si256(codes, flips));
+        sum[v] = _mm256_add_epi32(sum[v], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        __asm__("" : "+x"(sum[v])); /* keeps the sum in its register */
     }
 }
 
-/* What the sums of a row start from in eight columns. */
+/* What the sums of a row start from in eight columns: what add_row_u8_s8 leaves out, too. */
 FC_INLINE __m256i start_u8_s8(const fc_blocks_tile *t, int64_t row, int64_t column) {
     const __m256i zeros = _mm256_load_si256((const __m256i *)(t->zeros + column));
-    return _mm256_mullo_epi32(_mm256_set1_epi32((int32_t)-(uint32_t)t->sums[row]), zeros);
+    const __m256i offsets = _mm256_sub_epi32(_mm256_set1_epi32(128), zeros);
+    return _mm256_add_epi32(_mm256_mullo_epi32(_mm256_set1_epi32(t->sums[row]), offsets), _mm256_set1_epi32(t->negatives[row]));
 }
 
 FC_INLINE void add_slice_u8_s8(const fc_blocks_tile *t, int64_t offset, int R, int V) {
-    for (int64_t g = 0; g < t->groups; g++) {
+    for (int64_t row = 0; row < t->groups * R; row++) {
         __m256i sum[8];
-        int32_t *sums = (int32_t *)t->sum + g * R * t->width + offset;
+        int32_t *sums = (int32_t *)t->sum + row * t->width + offset;
 #pragma GCC unroll 8
-        for (int i = 0; i < R * V; i++)
-            sum[i] = t->first ? start_u8_s8(t, g * R + i / V, offset + i % V * 8)
-                              : _mm256_load_si256((const __m256i *)(sums + i / V * t->width + i % V * 8));
-        for (int64_t b = t->begin[g]; b < t->end[g]; b++) add_block_u8_s8(t, b, offset, R, V, sum);
+        for (int v = 0; v < V; v++)
+            sum[v] = t->first ? start_u8_s8(t, row, offset + v * 8) : _mm256_load_si256((const __m256i *)(sums + v * 8));
+        for (int64_t b = t->begin[row / R]; b < t->end[row / R]; b++) add_row_u8_s8(t, b, row % R, offset, R, V, sum);
 #pragma GCC unroll 8
-        for (int i = 0; i < R * V; i++) _mm256_store_si256((__m256i *)(sums + i / V * t->width + i % V * 8), sum[i]);
+        for (int v = 0; v < V; v++) _mm256_store_si256((__m256i *)(sums + v * 8), sum[v]);
     }
 }
 
@@ -128,12 +123,16 @@ FC_INLINE __m128i dot(__m128i sum, __m128i codes, __m128i weights) {
 #include "narrow_int8.h"
 
 FC_INLINE void add_blocks_u8_s8(const fc_blocks_tile *t, int R) {
-    const int64_t widest = 64 / R;
-    int64_t offset = 0;
-    if (t->width < 16) add_narrow(t, R);
-    for (; offset + widest <= t->width; offset += widest) add_slice_u8_s8(t, offset, R, 8 / R);
-    if (R == 1 && offset + 32 <= t->width) add_slice_u8_s8(t, offset, R, 4), offset += 32;
-    if (R <= 2 && offset + 16 <= t->width) add_slice_u8_s8(t, offset, R, 2);
+    switch (t->width / 16) {
+    case 0: add_narrow(t, R); break;
+    case 1: add_slice_u8_s8(t, 0, R, 2); break;
+    case 2: add_slice_u8_s8(t, 0, R, 4); break;
+    case 3:
+        add_slice_u8_s8(t, 0, R, 4);
+        add_slice_u8_s8(t, 32, R, 2);
+        break;
+    default: add_slice_u8_s8(t, 0, R, 8); break;
+    }
 }
 
 static void multiply_blocks_u8_s8_avx2(const fc_blocks_tile *tile) {

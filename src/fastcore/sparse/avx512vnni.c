@@ -23,7 +23,10 @@ FC_INLINE void add_block(const fc_blocks_tile *t, int64_t b, int R, int V, __m51
         memcpy(&four, w + r * 4, sizeof four);
         const __m512i weights = _mm512_set1_epi32(four);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[r * V + v] = _mm512_dpbusd_epi32(sum[r * V + v], _mm512_loadu_si512(x + v * 64), weights);
+        for (int v = 0; v < V; v++) {
+            sum[r * V + v] = _mm512_dpbusd_epi32(sum[r * V + v], _mm512_loadu_si512(x + v * 64), weights);
+            __asm__("" : "+v"(sum[r * V + v])); /* keeps the sum in its register */
+        }
     }
 }
 

@@ -9,7 +9,7 @@
 #include "../parallel.h"
 
 enum {
-    WEIGHT_BYTES = 256 * 1024, /* weights that stay in L2 beside a panel */
+    WEIGHT_BYTES = 512 * 1024, /* weights that stay in L2 beside a panel */
     NEAR_ROWS = 32,            /* weight rows whose sums stay in L1: 8 KiB */
 };
 
@@ -92,10 +92,15 @@ fc_blocks_split fc_blocks_split_k(const fc_weight *weight) {
 static void sum_rows(const fc_weight *w, int64_t group, int32_t *sums) {
     const int64_t r = w->block_rows, c = w->block_cols;
     for (int64_t i = 0; i < r; i++) {
-        int32_t sum = 0;
+        int32_t sum = 0, negative = 0;
         for (int64_t b = w->row_offsets[group]; b < w->row_offsets[group + 1]; b++)
-            for (int64_t j = 0; j < c; j++) sum += ((const int8_t *)w->values)[(b * r + i) * c + j];
+            for (int64_t j = 0; j < c; j++) {
+                const int8_t value = ((const int8_t *)w->values)[(b * r + i) * c + j];
+                sum += value;
+                negative -= value < 0 ? value : 0;
+            }
         sums[group * r + i] = sum;
+        sums[w->n + group * r + i] = negative;
     }
 }
 
@@ -146,6 +151,7 @@ static share divide(const fc_sparse_linear *a, int rank, int size) {
     return s;
 }
 
+_Static_assert(FC_L2_PANEL_ROWS * 4 <= FC_PANEL_ROWS * FC_LANES, "the panel of a narrow tile holds a K block of any weight");
 _Static_assert((int)FC_LANES == (int)FC_INT8_TILE, "a tile of the product is a tile of the panel");
 
 typedef float dword;
@@ -153,6 +159,14 @@ typedef float dword;
 /* Copy `columns` dwords of each row and fill up to `width` with zeros. */
 static void copy_panel(dword *restrict panel, const dword *restrict x, int64_t stride, int64_t rows, int64_t columns,
                        int64_t width) {
+    if (width <= 4) { /* a call of memcpy for each row would take longer than the product; codes may lie at any address */
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t j = 0; j < width; j++) {
+                panel[i * width + j] = 0.0f;
+                if (j < columns) memcpy(panel + i * width + j, (const char *)x + (i * stride + j) * 4, sizeof *panel);
+            }
+        return;
+    }
     for (int64_t i = 0; i < rows; i++, panel += width, x += stride) {
         memcpy(panel, x, (size_t)columns * sizeof *panel);
         for (int64_t j = columns; j < width; j++) panel[j] = 0.0f;
@@ -165,6 +179,12 @@ static int64_t tile_width(const fc_weight *w, int64_t count) {
     return count <= 4 ? 4 : (count + 15) / 16 * 16;
 }
 
+/* Dwords between the rows of the tile of codes that begins with column m. */
+static int64_t codes_stride(const fc_sparse_linear *a, int64_t m) {
+    const int64_t padded = (a->m + FC_INT8_LANES - 1) / FC_INT8_LANES * FC_INT8_LANES;
+    return smaller(padded - m, FC_LANES);
+}
+
 /* Point the tile at the panel rows of column blocks begin ... end: codes of a wide tile lie ready, all else is copied. */
 static void load_panel(const fc_sparse_linear *a, fc_blocks_tile *tile, dword *panel, int64_t begin, int64_t end, int64_t m,
                        int64_t count) {
@@ -173,7 +193,7 @@ static void load_panel(const fc_sparse_linear *a, fc_blocks_tile *tile, dword *p
         copy_panel(panel, (const dword *)a->x + begin * per_block * a->m + m, a->m, rows, count, tile->width);
         return;
     }
-    const int64_t padded = (a->m + FC_INT8_LANES - 1) / FC_INT8_LANES * FC_INT8_LANES, stride = smaller(padded - m, FC_LANES);
+    const int64_t stride = codes_stride(a, m);
     const dword *codes = (const dword *)a->x + m * (a->weight.k / 4) + begin * stride;
     if (tile->width < 16)
         copy_panel(panel, codes, stride, rows, tile->width, tile->width);
@@ -186,8 +206,10 @@ static void multiply(const fc_sparse_linear *a, fc_blocks_tile *tile, dword *pan
     const int coded = a->weight.kind == FC_BLOCKS_S8;
     const fc_blocks_split split = fc_blocks_split_k(&a->weight);
     const int64_t groups = a->weight.n / a->weight.block_rows, columns = a->weight.k / a->weight.block_cols;
-    /* A narrow tile takes several K blocks at once: as many as fill the panel. */
-    const int64_t step = FC_LANES / tile->width;
+    /* A narrow tile takes several K blocks at once: as many as fill the panel, which holds at least one. */
+    const int64_t block_dwords = split.columns * panel_rows(&a->weight) * tile->width;
+    const int copied = !coded || tile->width < 16;
+    const int64_t step = copied ? FC_PANEL_ROWS * FC_LANES / block_dwords : FC_LANES / tile->width;
     for (int64_t q = 0; q < split.count; q += step) {
         const int64_t next = smaller(q + step, split.count);
         const int64_t begin = q * split.columns, end = smaller(next * split.columns, columns);
@@ -249,8 +271,7 @@ static int64_t resident_groups(const fc_sparse_linear *a) {
 /* Row groups first ... last of the columns m ... (count of them). */
 static void run_tile(const fc_sparse_linear *a, int64_t first, int64_t last, int64_t m, int64_t count) {
     const fc_weight *w = &a->weight;
-    const int64_t width = tile_width(w, count), most = groups_at_once(w, width),
-                  padded = (a->m + FC_INT8_LANES - 1) / FC_INT8_LANES * FC_INT8_LANES;
+    const int64_t width = tile_width(w, count), most = groups_at_once(w, width);
     _Alignas(64) dword panel[FC_PANEL_ROWS * FC_LANES];
     _Alignas(64) dword sum[FC_TILE_ROWS * FC_LANES];
     _Alignas(64) int32_t zeros[FC_LANES];
@@ -259,10 +280,11 @@ static void run_tile(const fc_sparse_linear *a, int64_t first, int64_t last, int
         fc_blocks_tile tile = {
             .panel = panel,
             .width = width,
-            .stride = w->kind == FC_BLOCKS_S8 && width >= 16 ? smaller(padded - m, FC_LANES) : width,
+            .stride = w->kind == FC_BLOCKS_S8 && width >= 16 ? codes_stride(a, m) : width,
             .values = w->values,
             .index = w->index,
             .sums = a->sums ? a->sums + g * w->block_rows : NULL,
+            .negatives = a->sums ? a->sums + w->n + g * w->block_rows : NULL,
             .zeros = zeros,
             .sum = sum,
             .groups = smaller(last - g, most),

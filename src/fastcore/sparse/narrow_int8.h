@@ -34,10 +34,16 @@ FC_INLINE __m128i add_spread(const fc_blocks_tile *t, int64_t b, int R, __m128i 
     return dot(sum, spread_codes(t, b, R), _mm_loadu_si128((const __m128i *)weights_of(t, b, R)));
 }
 
-/* One block of less than four rows; the lanes beyond have no weight. */
-FC_INLINE __m128i add_rest(const fc_blocks_tile *t, int64_t b, int R, __m128i sum) {
-    const int8_t *w = weights_of(t, b, R);
-    return dot(sum, column_codes(t, b), R == 2 ? _mm_loadl_epi64((const __m128i *)w) : _mm_cvtsi32_si128(dword_at(w)));
+/* The last blocks of a row group, fewer than 4 / R: the lanes beyond have no weight. */
+FC_INLINE __m128i add_rest(const fc_blocks_tile *t, int64_t b, int64_t end, int R, __m128i sum) {
+    const __m128i inside = _mm_cmpgt_epi32(_mm_set1_epi32((int32_t)(end - b) * R), _mm_setr_epi32(0, 1, 2, 3));
+    const __m128i weights = _mm_maskload_epi32((const int *)weights_of(t, b, R), inside);
+    __m128i codes = column_codes(t, b);
+    if (R == 1) {
+        codes = _mm_blend_epi32(codes, column_codes(t, b + 1 < end ? b + 1 : b), 2);
+        codes = _mm_blend_epi32(codes, column_codes(t, end - 1), 12);
+    }
+    return dot(sum, codes, weights);
 }
 
 FC_INLINE void add_column(const fc_blocks_tile *t, int R) {
@@ -51,7 +57,7 @@ FC_INLINE void add_column(const fc_blocks_tile *t, int R) {
 #pragma GCC unroll 4
             for (int u = 0; u < 4; u++) sum[u] = add_spread(t, b + u * P, R, sum[u]);
         for (; b + P <= end; b += P) sum[0] = add_spread(t, b, R, sum[0]);
-        for (; R < 4 && b < end; b++) sum[1] = add_rest(t, b, R, sum[1]);
+        if (R < 4 && b < end) sum[1] = add_rest(t, b, end, R, sum[1]);
         __m128i all = _mm_add_epi32(_mm_add_epi32(sum[0], sum[1]), _mm_add_epi32(sum[2], sum[3]));
         if (R <= 2) all = _mm_add_epi32(all, _mm_unpackhi_epi64(all, all));
         if (R == 1) all = _mm_add_epi32(all, _mm_shuffle_epi32(all, 1));

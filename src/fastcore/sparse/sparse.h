@@ -31,6 +31,7 @@ typedef struct fc_blocks_tile {
     const int32_t *index;       /* by block; its first panel row is (index - base) * block_cols, or index - base for codes */
     const int32_t *begin, *end; /* [groups]: the blocks of a group that fall into the panel */
     const int32_t *sums;        /* int8 only: [groups * block_rows] sums over the whole row */
+    const int32_t *negatives;   /* int8 only: the same of the magnitudes of negative weights */
     const int32_t *zeros;       /* int8 only: [width] zero points, 64-byte aligned */
     void *sum;                  /* [groups * block_rows][width] float or int32, 64-byte aligned: the accumulators */
     int64_t groups;
@@ -87,7 +88,8 @@ typedef struct fc_blocks_split {
     int64_t columns, count;
 } fc_blocks_split;
 fc_blocks_split fc_blocks_split_k(const fc_weight *weight);
-/* cuts[count + 1][n / block_rows]: the first block at or after each K block; sums[n] for an int8 weight, else NULL. */
+/* cuts[count + 1][n / block_rows]: the first block at or after each K block. For an int8 weight sums[2][n]: those of the weights,
+ * and of the magnitudes of the negative ones; else NULL. */
 void fc_blocks_prepare(const fc_weight *weight, int32_t *cuts, int32_t *sums);
 
 typedef struct fc_sparse_linear {

@@ -108,8 +108,8 @@ cdef class PackedBlocks:
         cuts = <int32_t *>pointer(cut_array, "cuts", "i", (None, groups), True)
         sum_array = None
         if view.kind == FC_BLOCKS_S8:
-            sum_array = numpy.empty(view.n, numpy.int32)
-            sums = <int32_t *>pointer(sum_array, "sums", "i", (view.n,), True)
+            sum_array = numpy.empty(2 * view.n, numpy.int32)
+            sums = <int32_t *>pointer(sum_array, "sums", "i", (2 * view.n,), True)
         with nogil:
             fc_blocks_prepare(view, cuts, sums)
         self.view, self.cuts, self.sums = view[0], cuts, sums
@@ -123,7 +123,7 @@ def blocks_packed_nbytes(Weight weight not None):
     """Return the bytes that a PackedBlocks adds to a weight."""
     check_kernel(&weight.view)
     groups = weight.view.n // weight.view.block_rows
-    sums = weight.view.n if weight.view.kind == FC_BLOCKS_S8 else 0
+    sums = 2 * weight.view.n if weight.view.kind == FC_BLOCKS_S8 else 0
     return 4 * ((fc_blocks_split_k(&weight.view).count + 1) * groups + sums)
 
 

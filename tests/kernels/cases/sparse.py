@@ -130,6 +130,7 @@ F32 = Case(
         (7, 1036, 260, 5, 4, 4, 0),
         (66, 28, 1044, 20, 1, 4, 2),
         (20, 12, 1000, 50, 1, 1, 3),
+        (65, 1032, 520, 90, 1, 1, 0),
     ),
     inputs=f32_inputs,
     outputs=product_outputs,
@@ -138,12 +139,11 @@ F32 = Case(
     oracle=lambda inputs: {"out": f32_answer(inputs)[0]},
     bound=lambda inputs, wanted: {"out": f32_answer(inputs)[1]},
     bench=(
-        (512, 768, 768, 20, 1, 1, 0),
+        (128, 3072, 768, 10, 1, 1, 0),
+        (128, 768, 3072, 10, 1, 1, 0),
+        (128, 768, 3072, 20, 1, 1, 0),
+        *((128, n, k, 20, r, 4, 0) for r in (1, 2, 4) for n, k in ((3072, 768), (768, 3072))),
         (512, 768, 768, 20, 1, 4, 0),
-        (512, 768, 768, 20, 4, 4, 0),
-        (512, 3072, 768, 20, 1, 4, 0),
-        (512, 768, 3072, 20, 1, 4, 0),
-        (512, 768, 3072, 20, 1, 1, 0),
         (16, 768, 768, 20, 1, 4, 0),
         (1, 768, 768, 20, 1, 1, 0),
         (1, 768, 768, 20, 1, 4, 0),
@@ -165,9 +165,13 @@ def lanes_panel(x):
     return panel, scales
 
 
-def flat_panel(panel):
-    """Lay codes [K / 4][M to 16][4] out in tiles of 64 columns, as the kernels read them."""
-    return np.concatenate([np.zeros(0, np.uint8), *(panel[:, m : m + 64].reshape(-1) for m in range(0, panel.shape[1], 64))])
+def flat_panel(panel, offset=0):
+    """Lay codes [K / 4][M to 16][4] out in tiles of 64 columns, as the kernels read them, `offset` bytes off a cache line."""
+    raw = np.empty(panel.size + 128, np.uint8)
+    begin = -raw.ctypes.data % 64 + offset
+    flat = raw[begin : begin + panel.size]
+    flat[...] = np.concatenate([panel[:0].reshape(-1), *(panel[:, m : m + 64].reshape(-1) for m in range(0, panel.shape[1], 64))])
+    return flat
 
 
 def int8_inputs(rng, size):
@@ -192,7 +196,7 @@ def int8_bind(inputs, outputs):
     weight = _core.Weight(inputs["values"], inputs["shape"], scale, inputs["row_offsets"], inputs["index"])
     _core.sparse_linear_int8(
         program,
-        flat_panel(inputs["codes"]),
+        flat_panel(inputs["codes"], inputs["m"] % 2),
         inputs["scales"],
         inputs["m"],
         _core.pack_sparse(weight),
@@ -231,6 +235,13 @@ INT8 = Case(
         (7, 1036, 260, 5, 4, 4, 0),
         (66, 28, 1044, 20, 1, 4, 2),
         (20, 12, 2000, 50, 2, 4, 3),
+        # more K than a panel holds, by width of the tile
+        *((1, 8, 50000, 3, r, 4, r % 2) for r in (1, 2, 4)),
+        (3, 8, 13000, 5, 2, 4, 1),
+        (16, 8, 4000, 10, 1, 4, 0),
+        (64, 8, 4400, 10, 4, 4, 1),
+        # more weights than L2 holds
+        (65, 2048, 1000, 60, 1, 4, 1),
     ),
     inputs=int8_inputs,
     outputs=product_outputs,
@@ -239,16 +250,14 @@ INT8 = Case(
     oracle=lambda inputs: {"out": int8_answer(inputs)[0]},
     bound=lambda inputs, wanted: {"out": int8_answer(inputs)[1]},
     bench=(
-        (512, 768, 768, 20, 1, 4, 0),
-        (512, 3072, 768, 20, 1, 4, 0),
-        (512, 768, 3072, 20, 1, 4, 0),
-        (512, 768, 768, 20, 2, 4, 0),
-        (512, 768, 768, 20, 4, 4, 0),
-        (512, 768, 3072, 20, 4, 4, 0),
-        (512, 768, 768, 50, 1, 4, 0),
-        (512, 768, 768, 10, 1, 4, 0),
-        (16, 768, 768, 20, 1, 4, 0),
-        (1, 768, 768, 20, 1, 4, 0),
+        *(
+            (128, n, k, 20, r, 4, 0)
+            for r in (1, 2, 4)
+            for n, k in ((3072, 768), (768, 3072), (384, 384), (1536, 384), (384, 1536))
+        ),
+        *((128, 3072, 768, kept, r, 4, 0) for kept in (50, 10) for r in (1, 2, 4)),
+        *((m, 3072, 768, 20, r, 4, 0) for m in (16, 32, 64, 512) for r in (1, 2, 4)),
+        *((1, n, k, 20, r, 4, 0) for r in (1, 2, 4) for n, k in ((3072, 768), (768, 3072))),
     ),
     work=lambda size: product_work(size, "vnni"),
 )
