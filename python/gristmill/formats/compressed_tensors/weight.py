@@ -1,0 +1,139 @@
+"""A compressed weight: codes, scales and zero points; the tensor kind that holds it, or its values."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from gristmill.formats.compressed_tensors.codes import Codes, Masked, numbers
+from gristmill.formats.folder import BF16
+from gristmill.tensor import BFloat16, Dense, Quantized, Sparse, Tensor
+from gristmill.tensor.parts import Array
+
+CHUNK = 1 << 20  # elements that are unpacked at a time
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Scale and zero point of each element.
+
+    Args:
+        scale: as stored, [a, b]; BF16, float16, float32 or float64. Products are rounded to this type.
+        zero: integers [a, b], or None.
+        row: the row of `scale` of each row of the weight, or None where there is one for all.
+        column: the column of `scale` of each column of the weight, or None where there is one for all.
+    """
+
+    scale: Array
+    zero: Array | None
+    row: Array | None
+    column: Array | None
+
+    @property
+    def by_row(self) -> bool:
+        """Whether elements of a row share a scale, and there is no zero point."""
+        return self.zero is None and self.column is None
+
+    def spread(self, values: Array, begin: int, end: int) -> Array:
+        """Return one of the arrays [a, b] as it broadcasts against rows `begin` to `end` of the weight."""
+        rows = values if self.row is None else values[self.row[begin:end]]
+        return rows if self.column is None else rows[:, self.column]
+
+    def of_rows(self, n: int) -> Array:
+        """The scale of each row as float32 [n]."""
+        return np.ascontiguousarray(np.broadcast_to(self.spread(numbers(self.scale), 0, n), (n, 1))[:, 0], np.float32)
+
+    def applied(self, codes: Array, begin: int, end: int) -> Array:
+        """Return (codes - zero) * scale for rows `begin` to `end`, float32, rounded as torch rounds in the scale's type."""
+        scale = numbers(self.scale)
+        wide = codes.astype(np.float64 if scale.dtype == np.float64 else np.float32)
+        if self.zero is not None:  # exact: all are whole numbers up to 256
+            wide = wide - self.spread(self.zero, begin, end).astype(wide.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            # A product of two float16 or two bfloat16 is exact in float32, so this rounds once.
+            product = wide * self.spread(scale, begin, end).astype(wide.dtype)
+            if self.scale.dtype == BF16:
+                return BFloat16.from_dense(product).dense()
+            return product.astype(np.float16).astype(np.float32) if scale.dtype == np.float16 else product.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight as the file has it.
+
+    Args:
+        name: of the tensor that it stands for.
+        shape: of that tensor; all dimensions but the last count as rows of the codes.
+        codes: its elements.
+        scales: what they are multiplied by; None where they are values themselves.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    codes: Codes
+    scales: Scales | None
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def values(self) -> Array:
+        """Return the weight as float32, as compressed-tensors decompresses it: rounded in the type of its scales."""
+        n, k = self.codes.shape
+        made = np.empty((n, k), np.float32)
+        for begin, end in _chunks(n, k):
+            codes = self.codes.rows(begin, end)
+            with np.errstate(over="ignore"):
+                made[begin:end] = codes if self.scales is None else self.scales.applied(codes, begin, end)
+        return made.reshape(self.shape)
+
+    @property
+    def obstacle(self) -> str | None:
+        """What keeps every kind of tensor but Dense from holding the weight exactly; None if nothing does."""
+        if len(self.shape) != 2:
+            return "no matrices"
+        if self.scales is None:
+            return None if isinstance(self.codes, Masked) else "float codes"
+        if self.scales.zero is not None:
+            return "zero points"
+        if self.scales.column is not None:
+            return "several scales in a row"
+        if self.codes.rows(0, 0).dtype != np.int8:
+            return "float codes"
+        scale = self.scales.of_rows(self.shape[0])
+        return None if (np.isfinite(scale) & (scale > 0)).all() else "scales that are not positive"
+
+    def tensor(self) -> Tensor:
+        """Return the weight as the kind of tensor that holds it exactly in the fewest bytes.
+
+        Codes and scales of int8 kinds are those of the file, and their products are not rounded to the type of the scales.
+        """
+        if self.obstacle is not None:
+            return Dense(self.values())
+        masked = self.codes if isinstance(self.codes, Masked) else None
+        if self.scales is None:
+            assert masked is not None
+            return self._sparse(masked, numbers(masked.values).astype(np.float32), {})
+        scale = self.scales.of_rows(self.shape[0])
+        quantized = Quantized(self._integers(), scale)
+        if masked is None or self.shape[1] % 4:  # there are no int8 kernels for single elements
+            return quantized
+        sparse = self._sparse(masked, numbers(masked.values), {"_scale": scale[:, None]}).reblocked(4)
+        return sparse if sparse.nbytes < quantized.nbytes else quantized
+
+    def _integers(self) -> Array:
+        n, k = self.codes.shape
+        codes = np.empty((n, k), np.int8)
+        for begin, end in _chunks(n, k):
+            codes[begin:end] = self.codes.rows(begin, end)
+        return codes
+
+    def _sparse(self, masked: Masked, values: Array, scale: dict[str, Array]) -> Sparse:
+        spec = {"shape": list(self.shape), "block": [1, 1], "dtype": values.dtype.name}
+        return Sparse.from_parts(spec, {"_bitmask": masked.mask, "_values": values, **scale})
+
+
+def _chunks(n: int, k: int) -> Iterator[tuple[int, int]]:
+    step = max(1, CHUNK // k)
+    for begin in range(0, n, step):
+        yield begin, min(begin + step, n)
