@@ -176,7 +176,6 @@ CHANGES: dict[str, tuple[Callable[[File], None], str]] = {
     "block of nothing": (lambda f: f.spec("b.weight").update(block=[0, 4]), "small positive"),
     "NaN scale": (element("a.weight_scale", 0, np.nan), "finite and positive"),
     "negative scale": (element("b.weight_scale", 3, -1.0), "finite and positive"),
-    "code -128": (element("a.weight", (0, 0), -128), "outside the symmetric range"),
     "index out of range": (element("b.weight_block_index", 1, 200), "sparse index"),
     "index not rising": (element("b.weight_block_index", 0, 2), "sparse index"),
     "row_offsets fall": (element("b.weight_row_offsets", 1, 4), "sparse index"),

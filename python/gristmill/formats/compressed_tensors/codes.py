@@ -49,6 +49,11 @@ class Plain:
     def shape(self) -> tuple[int, int]:
         return self.array.shape[0], self.array.shape[1]
 
+    @property
+    def whole(self) -> bool:
+        """Whether elements are integers."""
+        return bool(self.array.dtype == np.int8)
+
     def rows(self, begin: int, end: int) -> Array:
         """Return rows `begin` to `end` as numbers [rows, k]."""
         return numbers(self.array[begin:end])
@@ -66,6 +71,8 @@ class Packed:
     bits: int
     columns: int
     crossing: bool
+
+    whole = True
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -101,6 +108,10 @@ class Masked:
     @property
     def shape(self) -> tuple[int, int]:
         return self.mask.shape[0], self.columns
+
+    @property
+    def whole(self) -> bool:
+        return bool(self.values.dtype == np.int8)
 
     @cached_property
     def begins(self) -> Array:
@@ -154,7 +165,9 @@ def masked(name: str, values: Array, mask: Array, shape: tuple[int, ...], paired
     """
     wanted = (*shape[:-1], -(-shape[-1] // 8))
     if mask.dtype != np.uint8 or mask.shape != wanted:
-        raise FormatError(f"tensor '{name}.bitmask' is {_text(mask)} but a weight of shape {list(shape)} takes uint8 {list(wanted)}")
+        raise FormatError(
+            f"tensor '{name}.bitmask' is {_text(mask)} but a weight of shape {list(shape)} takes uint8 {list(wanted)}"
+        )
     mask = mask.reshape(-1, wanted[-1])
     spare = -shape[-1] % 8
     if spare and (mask[:, -1] >> (8 - spare)).any():
@@ -162,7 +175,9 @@ def masked(name: str, values: Array, mask: Array, shape: tuple[int, ...], paired
     marked = int(BITS[mask].sum(dtype=np.int64))
     sizes = (shape[0], shape[1] // 2) if paired else (marked,)
     if values.shape != sizes or values.size != marked:
-        raise FormatError(f"tensor '{name}.compressed' is {_text(values)} but its bitmask marks {marked} elements of {list(shape)}")
+        raise FormatError(
+            f"tensor '{name}.compressed' is {_text(values)} but its bitmask marks {marked} elements of {list(shape)}"
+        )
     made = Masked(values.reshape(-1), mask, shape[-1])
     if paired:
         _check_pairs(name, made)

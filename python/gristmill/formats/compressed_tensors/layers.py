@@ -74,7 +74,7 @@ def _add(made: dict[str, Array | Weight], weight: Weight) -> None:
 
 def _check(made: Mapping[str, Array | Weight]) -> None:
     for name, weight in made.items():
-        if isinstance(weight, Weight) and weight.scales is None and weight.codes.rows(0, 0).dtype.kind != "f":
+        if isinstance(weight, Weight) and weight.scales is None and weight.codes.whole:
             raise FormatError(f"tensor '{name}' holds integers but '{name}_scale' is missing")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from gristmill.formats.compressed_tensors.codes import Codes, Masked, numbers
 from gristmill.formats.folder import BF16
 from gristmill.tensor import BFloat16, Dense, Quantized, Sparse, Tensor
-from gristmill.tensor.parts import Array
+from gristmill.tensor.parts import WIDEST, Array
 
 CHUNK = 1 << 20  # elements that are unpacked at a time
 
@@ -98,10 +98,12 @@ class Weight:
             return "zero points"
         if self.scales.column is not None:
             return "several scales in a row"
-        if self.codes.rows(0, 0).dtype != np.int8:
+        if not self.codes.whole:
             return "float codes"
         scale = self.scales.of_rows(self.shape[0])
-        return None if (np.isfinite(scale) & (scale > 0)).all() else "scales that are not positive"
+        if not (np.isfinite(scale) & (scale > 0)).all():
+            return "scales that are not positive"
+        return None if self.shape[1] <= WIDEST else "very long rows"
 
     def tensor(self) -> Tensor:
         """Return the weight as the kind of tensor that holds it exactly in the fewest bytes.

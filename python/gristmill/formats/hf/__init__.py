@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.errors import FormatError, GristmillError
-from gristmill.formats.hf.architectures import read_encoder
 from gristmill.formats.folder import Folder
+from gristmill.formats.hf.architectures import read_encoder
 from gristmill.formats.hf.sentence import read_modules
 from gristmill.formats.hf.tokenizer import read_tokenizer
 from gristmill.model import Model
