@@ -15,7 +15,8 @@ from gristmill.tensor.parts import Array, check_codes, check_scale, frozen, matr
 class Quantized:
     """An [n, k] matrix as int8 `codes` [n, k] times float32 `scale` [n].
 
-    Codes that are made here lie in [-127, 127]; files of others have -128 too. Stored as compressed-tensors' `int-quantized` names it: `<name>` and `<name>_scale` [n, 1].
+    Codes that are made here lie in [-127, 127]; files of others have -128 too. Stored as compressed-tensors' `int-quantized`
+    names it: `<name>` and `<name>_scale` [n, 1].
     """
 
     kind: ClassVar[str] = "quantized"

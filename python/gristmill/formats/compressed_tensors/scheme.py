@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from gristmill.errors import FormatError
@@ -14,7 +15,7 @@ METHOD = "compressed-tensors"
 LISTED = 100_000  # groups, targets and ignored layers
 SPARSE = ("sparse-bitmask", "sparse-24-bitmask")
 QUANTIZED = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized")
-DENSE = ("dense", "fakequant")
+DENSE = ("dense", "fakequant")  # the second is that of the first releases
 MIXED = "mixed-precision"
 _MINIFLOAT = (
     "its values are floats of 4 to 8 bits in blocks, which no kernel here takes; "
@@ -103,6 +104,15 @@ class Scheme:
     ignored: Targets = field(default_factory=lambda: Targets(frozenset(), ()))
     transformed: bool = False
 
+    @cached_property
+    def _named(self) -> dict[str, Group]:
+        """The first group of each name or class."""
+        return {name: group for group in reversed(self.groups) for name in group.targets.names}
+
+    @cached_property
+    def _patterns(self) -> list[tuple[Pattern, Group]]:
+        return [(pattern, group) for group in self.groups for pattern in group.targets.patterns]
+
     def group_of(self, layer: str) -> Group:
         """Return the group of a quantised layer: one that names it, before one that has a pattern for it, before its class.
 
@@ -112,15 +122,13 @@ class Scheme:
         kind = "Embedding" if "embed" in layer.rpartition(".")[2] else "Linear"
         if self.ignored.match(layer):
             raise FormatError(f"layer '{layer}' is quantised in the file but ignored in config.json")
-        for group in self.groups:
-            if layer in group.targets.names:
+        if layer in self._named:
+            return self._named[layer]
+        for pattern, group in self._patterns:
+            if pattern.matches(layer):
                 return group
-        for group in self.groups:
-            if any(pattern.matches(layer) for pattern in group.targets.patterns):
-                return group
-        for group in self.groups:
-            if kind in group.targets.names:
-                return group
+        if kind in self._named:
+            return self._named[kind]
         raise FormatError(f"layer '{layer}' is quantised in the file, but no group of config.json has it or the class {kind}")
 
     def described(self) -> dict[str, Any]:
@@ -148,8 +156,9 @@ def read_scheme(config: Mapping[str, Any]) -> Scheme | None:
         raise FormatError(f"config.json: {key} must be an object")
     fields = Fields(f"config.json: {key}", values)
     _check_method(fields, key)
-    form = _format(fields, "format", "fakequant")
+    form = _format(fields, "format", "dense")
     sparse = _sparse(values.get("sparsity_config"))
+    form = "dense" if form in DENSE else form
     if form in SPARSE:  # a file without quantisation may say it here
         form, sparse = "dense", form
     budget = Budget()
