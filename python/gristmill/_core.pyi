@@ -35,15 +35,29 @@ class Weight:
         scale: Array | None = None,
         row_offsets: Array | None = None,
         index: Array | None = None,
+        bitmask: Array | None = None,
+        group_scales: Array | None = None,
+        group: int = 0,
     ) -> None:
-        """`values` are float32, int8 with a `scale`, or, dense, uint16 for bf16."""
+        """`values` are float32, int8 with a `scale`, or, dense, uint16 for bf16.
+
+        Blocks have int32 `row_offsets` [n / r + 1] and `index`. Under a `bitmask`, uint8 [n, ceil(k / 8)], `row_offsets` are
+        int64 [n + 1] and count its bits; values may be int4 then, pairs in uint8, with `group_scales`, float16 or float32 [n,
+        ceil(k / group)], and perhaps a factor `scale` for each row.
+        """
+
+class Int4Weight:
+    """An [n, k] matrix of 4-bit codes: int32 words[n, ceil(k / 8)], float16 or float32 scale[n, ceil(k / group)]."""
+
+    shape: tuple[int, int]
+    def __init__(self, words: Array, shape: tuple[int, int], scale: Array, group: int) -> None: ...
 
 def set_isa(cap: str | None = None) -> None: ...
 def isa_generation() -> int: ...
 def slots() -> dict[str, tuple[str, str, str]]: ...
 def has_threads() -> bool: ...
-def packed_nbytes(pack: Callable[..., Any], weight: Weight) -> int:
-    """Bytes that pack_dense, pack_bf16, pack_int8 pack_sparse or a ConvolutionPacker will make of a weight."""
+def packed_nbytes(pack: Callable[..., Any], weight: Weight | Int4Weight) -> int:
+    """Bytes that pack_dense, pack_bf16, pack_int4, pack_int8, pack_sparse or a ConvolutionPacker will make of a weight."""
 
 # ---- aggregate: flat float32 vectors ----
 
@@ -167,6 +181,41 @@ def packed_attention_grad(
     dv: Array,
     scratch: Array,
 ) -> None: ...
+
+# ---- bitmask: weights of which single elements are stored; rows ----
+
+def unpack_bitmask(weight: Weight, out: Array, threads: int = 1) -> None:
+    """out[n, k] = the dense float32 matrix, scales applied, but for the gain of int4 rows."""
+
+class PackedBitmask:
+    shape: tuple[int, int]
+    nbytes: int
+
+def pack_bitmask(weight: Weight, threads: int = 1) -> PackedBitmask:
+    """Codes in the order of the kernels, the same on every instruction set; int4's scales of groups are copied."""
+
+def pack_elements(weight: Weight, threads: int = 1) -> PackedBlocks:
+    """float32 values as blocks of 1x1, for sparse_linear; refers to them."""
+
+def bitmask_linear(
+    program: Program, x: Array, weight: Weight, out: Array, bias: Array | None, activation: str | None, residual: Array | None
+) -> None:
+    """out[M,N] = activation(x[M,K] @ weight[N,K].T + bias[N]) + residual[M,N], float32 values in place; out may be residual."""
+
+def bitmask_linear_int(
+    program: Program,
+    codes: Array,
+    scales: Array,
+    zeros: Array,
+    m: int,
+    weight: PackedBitmask,
+    weight_scale: Array | None,
+    out: Array,
+    bias: Array | None,
+    activation: str | None,
+    residual: Array | None,
+) -> None:
+    """The same from a "tile" panel of m rows; weight_scale [N] is int8's scales, or gains on int4's rows (None for 1)."""
 
 # ---- dense: matrix products in float32 and bf16 ----
 
@@ -319,12 +368,13 @@ def quantize_activations(
     zeros: Array | None = None,
     scale: float | None = None,
     zero_point: int = 128,
+    symmetric: bool = False,
 ) -> None:
     """Quantise float32 x per row m (rows [M,K], or lanes [K,M] if `lanes`): a uint8 panel of `layout`, scales[M], int32 zeros[M].
 
     A code stands for (code - zero) * scale. "tile" spreads 256 codes from min(0, min x) to max(0, max x); "lanes" is symmetric,
-    has 128 for all zeros and needs no `zeros`. With a static `scale`: codes = clip(round half even(x / scale) + zero_point, 0,
-    255), all scales and zeros are these; "tile" panels only.
+    has 128 for all zeros and needs no `zeros`; with `symmetric` "tile" has the same codes. With a static `scale`: codes =
+    clip(round half even(x / scale) + zero_point, 0, 255), all scales and zeros are these; "tile" panels only.
     """
 
 class PackedInt8:
@@ -413,15 +463,50 @@ def sparse_linear_int8(
     codes: uint8, flat, of [K / 4][M rounded up to 16][4]: q + 128, padded with 128; K < 131072.
     """
 
+# ---- int4: 4-bit codes in groups ----
+
+class PackedInt4:
+    """A constant int4 weight in the order that the product reads it."""
+
+    shape: tuple[int, int]
+    group: int
+    nbytes: int
+
+def pack_int4(weight: Int4Weight, threads: int = 1) -> PackedInt4: ...
+def quantize_groups(program: Program, x: Array, group: int, codes: Array, scales: Array, offsets: Array) -> None:
+    """Quantise float32 x[M,K] to int8, symmetric, with a scale for each group of a row, for linear_int4.
+
+    All flat: int8 codes [M * 8 ceil(K / 8)], float32 scales and int32 offsets [M * ceil(K / group)]. A group with a value that is
+    not finite has scale NaN.
+    """
+
+def linear_int4(
+    program: Program,
+    codes: Array,
+    scales: Array,
+    offsets: Array,
+    m: int,
+    weight: PackedInt4,
+    gain: Array | None,
+    out: Array,
+    bias: Array | None,
+    activation: str | None,
+    residual: Array | None,
+) -> None:
+    """out[M,N] = activation((x @ weight.T) * gain[N] + bias[N]) + residual, x as quantize_groups made it."""
+
 # ---- text: rows of tables by index, one vector for each sequence; float32 ----
 
-def gather(program: Program, data: Array, indices: Array, out: Array) -> None:
-    """out[O,C,N] = data[O,P,N] by C indices (int64 or int32, any shape); a row of NaN stands for one outside of [-P, P)."""
+def gather(program: Program, data: Array | Int4Weight, indices: Array, out: Array) -> None:
+    """out[O,C,N] = data[O,P,N] by C indices (int64 or int32, any shape); a row of NaN stands for one outside of [-P, P).
+
+    An Int4Weight [P,N] is data of O = 1.
+    """
 
 def gather_grad(program: Program, dy: Array, indices: Array, grad: Array) -> None:
     """grad[O,P,N] = sums of the rows of dy[O,C,N] where their indices lead; nothing is added for one outside."""
 
-def lookups(program: Program, out: Array, *pairs: Array) -> None:
+def lookups(program: Program, out: Array, *pairs: Array | Int4Weight) -> None:
     """out[C,N] = the sum of rows of 1 to 4 tables[P,N] by C indices each: table, indices, table, indices, ..."""
 
 def masked_pool(program: Program, mode: str, x: Array, mask: Array, out: Array) -> None:

@@ -8,6 +8,8 @@ from heapq import heappop, heappush
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from gristmill.errors import ModelError
 from gristmill.ops import Node, TensorType, find, types_made
 from gristmill.ops.op import UNKNOWN, Undetermined, need
@@ -85,6 +87,13 @@ class Model:
         """The names of the matrices that Linear nodes multiply by: what compression works on, in graph order."""
         names = (node.inputs[1] for node in self.nodes if node.op == "Linear" and node.inputs[1] in self.tensors)
         return tuple(dict.fromkeys(names))
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The names of the float tensors that can train: all but int4 tables, of which only products have a gradient."""
+        products = set(self.weights)
+        floats = [name for name, tensor in self.tensors.items() if tensor.trainable.dtype == np.float32]
+        return tuple(name for name in floats if self.tensors[name].kind != "int4" or name in products)
 
     def run(self, **inputs: Array) -> dict[str, Array]:
         """Compute the outputs. Compiles a Session on first use and keeps it as long as the model lives.

@@ -57,6 +57,9 @@ cdef extern from "weight.h" nogil:
         FC_DENSE_S8
         FC_BLOCKS_F32
         FC_BLOCKS_S8
+        FC_BITMASK_F32
+        FC_BITMASK_S8
+        FC_BITMASK_S4
     ctypedef struct fc_weight:
         fc_weight_kind kind
         int64_t n, k
@@ -65,6 +68,11 @@ cdef extern from "weight.h" nogil:
         const int32_t *row_offsets
         const int32_t *index
         int32_t block_rows, block_cols
+        const uint8_t *bitmask
+        const int64_t *row_starts
+        int64_t group
+        const void *group_scales
+        int wide
 
 cdef extern from "nn/activation.h" nogil:
     ctypedef enum fc_activation:
@@ -232,21 +240,28 @@ cdef int run_now(fc_step_fn *run, const void *args, int threads) except -1:
 
 
 cdef class Weight:
-    """A canonical [n, k] weight in memory that the caller owns: dense or blocks, float32 or int8 with a scale per row.
+    """A canonical [n, k] weight in memory that the caller owns: dense, blocks, or elements under a bitmask.
 
-    Dense uint16 values are bf16.
+    Values are float32 or int8 with a scale per row. Dense uint16 values are bf16. Under a bitmask, uint8 values are int4, two
+    to a byte, with `group_scales` for each `group` columns of a row; `scale` is a factor on those of a row, or None.
     """
     cdef fc_weight view
     cdef tuple held
     cdef readonly tuple shape
 
-    def __cinit__(self, values, tuple shape, scale=None, row_offsets=None, index=None):
+    def __cinit__(
+        self, values, tuple shape, scale=None, row_offsets=None, index=None, bitmask=None, group_scales=None,
+        int64_t group=0
+    ):
         cdef int64_t n, k, groups, blocks
         n, k = shape
         kind = "f" if scale is None else "b"
         self.shape = (n, k)
-        self.held = (values, scale, row_offsets, index)
+        self.held = (values, scale, row_offsets, index, bitmask, group_scales)
         self.view.n, self.view.k = n, k
+        if bitmask is not None:
+            fill_bitmask(&self.view, values, scale, row_offsets, bitmask, group_scales, group)
+            return
         self.view.scale = <const float *>optional_pointer(scale, "scale", "f", (n,))
         if row_offsets is None:
             self.view.kind = FC_DENSE_F32 if scale is None else FC_DENSE_S8
@@ -265,6 +280,11 @@ cdef class Weight:
         check_blocks(&self.view, blocks)
 
 
+cdef extern from "bitmask/bitmask.h" nogil:
+    enum:
+        FC_BITMASK_GROUP
+    fc_status fc_bitmask_validate(const fc_weight *weight)
+
 cdef extern from "sparse/sparse.h" nogil:
     fc_status fc_blocks_validate(const fc_weight *weight, int64_t blocks)
 
@@ -272,6 +292,32 @@ cdef extern from "sparse/sparse.h" nogil:
 cdef int check_blocks(const fc_weight *weight, int64_t blocks) except -1:
     if fc_blocks_validate(weight, blocks) != FC_OK:
         raise ValueError("row_offsets must rise from 0 to the number of blocks, and index must rise within each row below k")
+    return 0
+
+
+cdef int fill_bitmask(
+    fc_weight *view, object values, object scale, object row_offsets, object bitmask, object group_scales, int64_t group
+) except -1:
+    """Check the arrays of a weight under a bitmask and point to them."""
+    cdef int64_t n = view.n, k = view.k, count
+    view.bitmask = <const uint8_t *>pointer(bitmask, "bitmask", "B", (n, (k + 7) // 8))
+    view.row_starts = <const int64_t *>pointer(row_offsets, "row_offsets", "q", (n + 1,))
+    count = view.row_starts[n]
+    if fc_bitmask_validate(view) != FC_OK:
+        raise ValueError("row_offsets must count the bits of the bitmask row by row, none of which may lie beyond column k")
+    if group_scales is not None:
+        if not 4 <= group <= FC_BITMASK_GROUP or group % 4:
+            raise ValueError(f"group: expected a multiple of 4 up to {FC_BITMASK_GROUP}, got {group}")
+        view.kind, view.group = FC_BITMASK_S4, group
+        view.values = pointer(values, "values", "B", ((count + 1) // 2,))
+        view.scale = <const float *>optional_pointer(scale, "scale", "f", (n,))
+        view.wide = memoryview(group_scales).format == "f"
+        shape = (n, (k + group - 1) // group)
+        view.group_scales = pointer(group_scales, "group_scales", "f" if view.wide else "e", shape)
+        return 0
+    view.kind = FC_BITMASK_F32 if scale is None else FC_BITMASK_S8
+    view.values = pointer(values, "values", "f" if scale is None else "b", (count,))
+    view.scale = <const float *>optional_pointer(scale, "scale", "f", (n,))
     return 0
 
 
@@ -304,7 +350,9 @@ def has_threads():
 
 include "aggregate/aggregate.pxi"
 include "attention/attention.pxi"
+include "bitmask/bitmask.pxi"
 include "dense/dense.pxi"
+include "int4/int4.pxi"
 include "nn/nn.pxi"
 include "quant/quant.pxi"
 include "sparse/sparse.pxi"
@@ -312,13 +360,14 @@ include "text/text.pxi"
 include "vision/vision.pxi"
 
 
-def packed_nbytes(object pack, Weight weight not None):
+def packed_nbytes(object pack, weight not None):
     """Return the bytes that a packing function or a packer will allocate for a weight, before any is."""
     if isinstance(pack, ConvolutionPacker):
         return pack.packed_nbytes(weight)
     sizes = {
-        pack_dense: dense_packed_nbytes, pack_bf16: bf16_packed_nbytes, pack_int8: int8_packed_nbytes,
-        pack_sparse: blocks_packed_nbytes,
+        pack_dense: dense_packed_nbytes, pack_bf16: bf16_packed_nbytes, pack_int4: int4_packed_nbytes,
+        pack_int8: int8_packed_nbytes, pack_sparse: blocks_packed_nbytes, pack_bitmask: bitmask_packed_nbytes,
+        pack_elements: elements_packed_nbytes,
     }
     return sizes[pack](weight)
 

@@ -31,6 +31,7 @@ unsigned fc_cpu_flags(void) {
     /* leaf 7 ebx: F 16, DQ 17, CD 28, BW 30, VL 31 */
     if ((xcr0 & XCR0_ZMM) != XCR0_ZMM || !has(leaf7_b, 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31)) return flags;
     flags |= FC_CPU_AVX512;
+    if (has(leaf7_c, 1u << 6)) flags |= FC_CPU_AVX512VBMI2;
     if (has(leaf7_c, 1u << 11)) flags |= FC_CPU_AVX512VNNI;
     /* leaf 7 subleaf 1 eax: BF16 5; a CPU without that subleaf answers with zeros */
     if (__get_cpuid_count(7, 1, &leaf7_1_a, &b, &c, &d) && has(leaf7_1_a, 1u << 5)) flags |= FC_CPU_AVX512BF16;

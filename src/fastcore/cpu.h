@@ -9,6 +9,7 @@ enum {
     FC_CPU_AVX512 = 1 << 1, /* F, BW, DQ, VL, CD and the OS saves zmm */
     FC_CPU_AVX512VNNI = 1 << 2,
     FC_CPU_AVX512BF16 = 1 << 3,
+    FC_CPU_AVX512VBMI2 = 1 << 4,
 };
 
 FC_HIDDEN unsigned fc_cpu_flags(void);

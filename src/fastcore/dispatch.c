@@ -5,42 +5,41 @@
 
 typedef void install_fn(fc_table *table);
 
-enum { FAMILIES = 8 };
+enum { FAMILIES = 10 };
 
 typedef struct tier {
     const char *isa;                /* the suffix of its kernels */
     const char *cap;                /* the value of GRISTMILL_ISA that still admits it */
     const char *needs;              /* what to say when the CPU lacks it */
     unsigned flags;                 /* CPU flags it needs */
-    install_fn *installs[FAMILIES]; /* aggregate, attention, dense, nn, quant, sparse, text, vision; NULL: no variant */
+    install_fn *installs[FAMILIES]; /* of the families that have a variant, in any order */
 } tier;
 
-#ifdef FC_X86
-#define X86_TIER(isa)                                                                                                            \
-    {fc_aggregate_install_##isa, fc_attention_install_##isa, fc_dense_install_##isa, fc_nn_install_##isa,                        \
-     fc_quant_install_##isa,     fc_sparse_install_##isa,    fc_text_install_##isa,  fc_vision_install_##isa}
-#endif
+#define EVERY_FAMILY(isa)                                                                                                        \
+    {fc_aggregate_install_##isa, fc_attention_install_##isa, fc_bitmask_install_##isa, fc_dense_install_##isa,                   \
+     fc_int4_install_##isa,      fc_nn_install_##isa,        fc_quant_install_##isa,   fc_sparse_install_##isa,                  \
+     fc_text_install_##isa,      fc_vision_install_##isa}
 
 static const tier tiers[] = {
-    {"scalar",
-     "scalar",
-     "",
-     0,
-     {fc_aggregate_install_scalar, fc_attention_install_scalar, fc_dense_install_scalar, fc_nn_install_scalar,
-      fc_quant_install_scalar, fc_sparse_install_scalar, fc_text_install_scalar, fc_vision_install_scalar}},
+    {"scalar", "scalar", "", 0, EVERY_FAMILY(scalar)},
 #ifdef FC_X86
-    {"avx2", "avx2", "AVX2 and FMA", FC_CPU_AVX2, X86_TIER(avx2)},
-    {"avx512", "avx512", "AVX-512 F/BW/DQ/VL", FC_CPU_AVX512, X86_TIER(avx512)},
+    {"avx2", "avx2", "AVX2 and FMA", FC_CPU_AVX2, EVERY_FAMILY(avx2)},
+    {"avx512", "avx512", "AVX-512 F/BW/DQ/VL", FC_CPU_AVX512, EVERY_FAMILY(avx512)},
     {"avx512vnni",
      "avx512",
      "AVX-512 VNNI",
      FC_CPU_AVX512 | FC_CPU_AVX512VNNI,
-     {NULL, NULL, NULL, NULL, fc_quant_install_avx512vnni, fc_sparse_install_avx512vnni, NULL, NULL}},
+     {fc_int4_install_avx512vnni, fc_quant_install_avx512vnni, fc_sparse_install_avx512vnni}},
+    {"avx512vbmi2",
+     "avx512",
+     "AVX-512 VNNI and VBMI2",
+     FC_CPU_AVX512 | FC_CPU_AVX512VNNI | FC_CPU_AVX512VBMI2,
+     {fc_bitmask_install_avx512vbmi2}},
     {"avx512bf16",
      "avx512",
      "AVX-512 BF16",
      FC_CPU_AVX512 | FC_CPU_AVX512BF16,
-     {NULL, fc_attention_install_avx512bf16, fc_dense_install_avx512bf16, NULL, NULL, NULL, NULL, NULL}},
+     {fc_attention_install_avx512bf16, fc_dense_install_avx512bf16}},
 #endif
 };
 enum { TIERS = sizeof tiers / sizeof *tiers };

@@ -13,8 +13,10 @@
 
 #include "aggregate/aggregate.h"
 #include "attention/attention.h"
+#include "bitmask/bitmask.h"
 #include "cpu.h"
 #include "dense/dense.h"
+#include "int4/int4.h"
 #include "nn/nn.h"
 #include "quant/quant.h"
 #include "sparse/sparse.h"
@@ -27,7 +29,9 @@
 #define FC_SLOTS(SLOT)                                                                                                           \
     FC_AGGREGATE_SLOTS(SLOT)                                                                                                     \
     FC_ATTENTION_SLOTS(SLOT)                                                                                                     \
+    FC_BITMASK_SLOTS(SLOT)                                                                                                       \
     FC_DENSE_SLOTS(SLOT)                                                                                                         \
+    FC_INT4_SLOTS(SLOT)                                                                                                          \
     FC_NN_SLOTS(SLOT)                                                                                                            \
     FC_QUANT_SLOTS(SLOT)                                                                                                         \
     FC_SPARSE_SLOTS(SLOT)                                                                                                        \

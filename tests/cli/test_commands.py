@@ -98,6 +98,14 @@ def test_inspect(model):
     assert "[red]tiny[/red] :smile:" in result.output
 
 
+def test_inspect_explains(tmp_path):
+    gm.save(every_kind(), tmp_path / "all.safetensors")
+    result = call("inspect", tmp_path / "all.safetensors", "--explain", "--batch", 3, "--threads", 1)
+    assert result.exit_code == 0, result.output
+    for text in ("measured_ms", "alternatives", "blocks 2x4 int8", "dense int8", "total"):
+        assert text in result.output
+
+
 def test_inspect_as_json(tmp_path):
     gm.save(every_kind(), tmp_path / "all.safetensors")
     result = call("inspect", tmp_path / "all.safetensors", "--json", "--batch", 3)

@@ -21,12 +21,12 @@ def weight(codes, scale=None):
     return _core.Weight(codes, codes.shape, np.ones(len(codes), np.float32) if scale is None else scale)
 
 
-def quantize(x, layout="tile", lanes=False):
+def quantize(x, layout="tile", lanes=False, **how):
     m, k = x.shape[::-1] if lanes else x.shape
     codes, scales = np.empty(_core.codes_nbytes(m, k, layout), np.uint8), np.empty(m, np.float32)
     zeros = np.empty(m, np.int32)
     program = _core.Program()
-    _core.quantize_activations(program, x, lanes, layout, codes, scales, zeros)
+    _core.quantize_activations(program, x, lanes, layout, codes, scales, zeros, **how)
     program.run()
     return codes, scales, zeros
 
@@ -180,11 +180,39 @@ def test_every_level_reads_the_same_packed_bytes():
     assert all(np.array_equal(answers[0], other) for other in answers)
 
 
+@pytest.mark.parametrize("lanes", [False, True])
+def test_symmetric_tiles_have_the_codes_of_lanes(level, lanes):
+    x = np.random.default_rng(6).standard_normal((11, 21)).astype(np.float32) + 1
+    x[3], x[7, 2] = 0, np.nan
+    given = np.ascontiguousarray(x.T) if lanes else x
+    codes, scales, zeros = quantize(given, "tile", lanes, symmetric=True)
+    wanted, wanted_scales, _ = quantize(given, "lanes", lanes)
+    np.testing.assert_array_equal(scales, wanted_scales)
+    assert (zeros == 128).all()
+    np.testing.assert_array_equal(codes.reshape(6, 11, 4), wanted.reshape(6, 16, 4)[:, :11])
+
+
+@pytest.mark.parametrize("block", [(1, 1), (1, 4), (2, 4), (4, 4), (3, 2)])
+def test_blocks_pack_as_what_they_stand_for(level, block):
+    rng, (r, c) = np.random.default_rng(7), block
+    n, k = 12 * r, 8 * c
+    mask = rng.random((12, 8)) < 0.4
+    dense = rng.integers(-127, 128, (n, k)).astype(np.int8) * np.kron(mask, np.ones(block, np.int8))
+    values = dense.reshape(12, r, 8, c).transpose(0, 2, 1, 3)[mask]
+    offsets = np.concatenate([[0], mask.sum(1).cumsum()]).astype(np.int32)
+    index, scale = np.nonzero(mask)[1].astype(np.int32), rng.random(n).astype(np.float32)
+    blocks = _core.Weight(np.ascontiguousarray(values), (n, k), scale, offsets, index)
+    x = rng.standard_normal((14, k)).astype(np.float32)
+    packed = _core.pack_int8(blocks, threads=2)
+    assert packed.nbytes == _core.packed_nbytes(_core.pack_int8, blocks)
+    np.testing.assert_array_equal(linear(x, packed, scale), linear(x, _core.pack_int8(weight(dense, scale)), scale))
+
+
 def test_pack_refuses_what_it_cannot_pack():
     with pytest.raises(TypeError):
         _core.pack_int8(_core.Weight(np.ones((2, 2), np.float32), (2, 2)))
     offsets, index = np.array([0, 1], np.int32), np.array([0], np.int32)
-    blocks = _core.Weight(np.ones((1, 1, 4), np.int8), (1, 4), np.ones(1, np.float32), offsets, index)
+    blocks = _core.Weight(np.ones((1, 1, 4), np.float32), (1, 4), None, offsets, index)
     with pytest.raises(TypeError):
         _core.pack_int8(blocks)
     with pytest.raises(TypeError):

@@ -12,12 +12,18 @@ if TYPE_CHECKING:
     from gristmill.model import Model
 
 LONGEST = 1000  # characters of a text that is shown
+RIGHT = ("bytes", "sparsity", "expected_ms")  # columns of numbers
+KERNELS = ("node", "op", "kernel", "weight", "bytes", "product", "expected_ms")  # what the table has of an explanation
 
 
 def inspect(
     model: Annotated[Path, typer.Argument(help="The model file or Hugging Face folder.")],
     batch: Annotated[int, typer.Option(min=1, help="What symbolic dimensions are taken as when kernels are chosen.")] = 1,
     precision: Annotated[str | None, typer.Option(help="Show the kernels of this precision: float32, bf16 or int8.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads that the times are for. Default: as for a session.")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Time each step, and say what the choices that were made against would take.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a model holds: its graph, its tensors, the kernels that serve it here, and where it comes from."""
@@ -25,17 +31,17 @@ def inspect(
 
     loaded = gm.load(model)
     shapes = {name: tuple(batch if isinstance(dim, str) else dim for dim in kind.shape) for name, kind in loaded.inputs.items()}
-    facts = {
-        **describe(loaded),
-        "kernels": gm.Session(loaded, precision=precision).explain(**shapes),
-        "meta": shortened(dict(loaded.meta)),
-    }
+    kernels = gm.Session(loaded, threads, precision).explain(measure=explain, **shapes)
+    facts = {**describe(loaded), "kernels": kernels, "meta": shortened(dict(loaded.meta))}
     if as_json:
         output().print_json(data=facts)
         return
     console = output()
     size = sum(file.stat().st_size for file in model.glob("**/*") if file.is_file()) if model.is_dir() else model.stat().st_size
     console.print(f"{model}: {size:,} bytes, tensors {loaded.nbytes:,} bytes")
+    if explain:
+        console.print(str(kernels), markup=False, highlight=False, soft_wrap=True)
+        return
     for table in tables(facts):
         console.print(table)
     console.print("provenance" if facts["meta"] else "provenance: none")
@@ -94,9 +100,11 @@ def tables(facts: dict[str, Any]) -> list[Any]:
     made = []
     for title in ("values", "nodes", "tensors", "kernels"):
         rows = facts[title]
+        if title == "kernels":
+            rows = [{column: row[column] for column in KERNELS} for row in rows]
         table = Table(title=title, title_justify="left")
         for column in rows[0] if rows else ():
-            table.add_column(column, justify="right" if column in ("bytes", "sparsity") else "left", overflow="fold")
+            table.add_column(column, justify="right" if column in RIGHT else "left", overflow="fold")
         for row in rows:
             table.add_row(*(cell(value) for value in row.values()))
         made.append(table)
@@ -109,4 +117,6 @@ def cell(value: Any) -> str:
         return ", ".join(f"{name}={item}" for name, item in value.items())
     if isinstance(value, list):
         return ", ".join(str(item) or "-" for item in value)
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str("" if value is None else value)

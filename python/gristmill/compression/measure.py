@@ -12,7 +12,7 @@ from gristmill.model import Model
 from gristmill.ops import OWN, Node, TensorType
 from gristmill.runtime.session import Session
 from gristmill.runtime.timing import latency, random_inputs
-from gristmill.tensor import Tensor
+from gristmill.tensor import Bitmask, Int4, Tensor
 from gristmill.tensor.parts import Array
 
 Examples = tuple[Array, Array | None]
@@ -85,6 +85,10 @@ def measure_layers(before: Model, after: Model, threads: int) -> Iterator[Layer]
 
 
 def _describe(tensor: Tensor) -> str:
+    if isinstance(tensor, Int4):
+        return f"int4 g{tensor.group}"
+    if isinstance(tensor, Bitmask):
+        return f"bitmask {tensor.precision}" + (f" g{tensor.group}" if tensor.group else "")
     if tensor.kind != "sparse":
         return {"dense": "float32", "bf16": "bf16", "quantized": "int8"}[tensor.kind]
     rows, columns = tensor.block  # type: ignore[union-attr]

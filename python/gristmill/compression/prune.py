@@ -8,7 +8,7 @@ from gristmill import _core
 from gristmill.compression.recipe import Context, Pass, is_number, need_float, targets
 from gristmill.errors import ModelError
 from gristmill.model import Model
-from gristmill.tensor import Dense, Sparse, Tensor
+from gristmill.tensor import Bitmask, Dense, Sparse, Tensor
 from gristmill.tensor.parts import Array
 
 PATTERNS = {"unstructured": (1, 1), "1x4": (1, 4)}
@@ -90,5 +90,5 @@ def block_scores(weight: Array, block: tuple[int, int], threads: int) -> Array:
 
 def smaller(weight: Array, mask: Array, block: tuple[int, int]) -> Tensor:
     """Return the pruned matrix in whichever form takes fewer bytes."""
-    sparse = Sparse.from_dense(weight, mask, block)
+    sparse = Bitmask.from_dense(weight, mask) if block == (1, 1) else Sparse.from_dense(weight, mask, block)
     return sparse if sparse.nbytes < weight.nbytes else Dense(sparse.dense())

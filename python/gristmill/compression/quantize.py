@@ -1,6 +1,7 @@
-"""Post-training quantisation: int8 weights with a scale per output channel, or bf16 weights.
+"""Post-training quantisation: int8 weights with a scale per output channel, int4 weights and tables in groups, or bf16 weights.
 
-int8 activations get a scale per row at run time or, with calibration data, one scale and zero point for good.
+int8 activations get a scale per row at run time or, with calibration data, one scale and zero point for good. int4 clips each
+group to where the error is least: of the weights or, with calibration data, of the outputs.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,27 +15,38 @@ from gristmill.errors import DataError, ModelError
 from gristmill.model import Model
 from gristmill.ops import Node
 from gristmill.runtime.session import Session
-from gristmill.tensor import BFloat16, Quantized, Sparse, Tensor
+from gristmill.tensor import BFloat16, Bitmask, Int4, Quantized, Sparse, Tensor
+from gristmill.tensor.int4 import LARGEST_GROUP
 from gristmill.tensor.parts import Array
 
+RATIOS = tuple(np.linspace(1.0, 0.5, 16))  # of a group's peak that clipping may leave
 BATCH = 64  # examples that calibration runs at a time
 
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Quantise the weights of Linear nodes, dense and sparse.
+    """Quantise the weights of Linear nodes, dense and sparse, and tables of embeddings.
 
-    Weights that are int8 already stay, and so do sparse ones whose inputs are no multiple of four: no int8 kernel reads them.
+    Weights that are quantised already stay, and so do blocks that no kernel reads: in int8 those whose inputs are no multiple of
+    four, in int4 all.
 
     Args:
-        precision: "int8"; or "bf16", which halves dense weights, in the file as well, and rounds activations likewise where the
-            CPU multiplies bf16.
+        precision: "int8"; "int4" in groups, for dense weights and tables, against int8 activations with a scale for each group;
+            or "bf16", which halves dense weights, in the file as well, and rounds activations likewise where the CPU multiplies
+            bf16.
         names: shell patterns of the weights to quantise; none for all.
         skip: shell patterns of weights to leave.
-        calibration: None for activation scales per row at run time. Else what scales of int8 activations are fixed on: "data"
-            for the data that `compress` is given, an array for a model of one input, a mapping of inputs, or an iterable of such
-            batches. Faster by the search for each row's largest value, less exact where values stray.
-        percentile: in (50, 100]; values beyond it on either side are clipped. 100 takes the smallest and the largest value.
+        calibration: None for int8 activation scales per row at run time, and for int4 weights of the least error themselves.
+            Else what scales of int8 activations are fixed on, or what the inputs of int4 weights are, so that the error of their
+            products is least: "data" for the data that `compress` is given, an array for a model of one input, a mapping of
+            inputs, or an iterable of such batches. Static int8 scales are faster by the search for each row's largest value, less
+            exact where values stray.
+        percentile: of int8 activations, in (50, 100]; values beyond it on either side are clipped. 100 takes the smallest and the
+            largest value.
+        group: how many consecutive inputs of an int4 weight, or columns of a table, share a scale: a multiple of 8. 32 is more
+            exact, 128 smaller (4.5 and 4.125 bits a weight).
+        clip: whether an int4 group may clip its largest values, down to half of them, where that makes its error less.
+        tables: int4 only: True for the tables that Gather looks rows up in as well, "only" for nothing else.
 
     Raises:
         ModelError: the precision is unknown, or a setting does not go with it.
@@ -51,16 +63,25 @@ class Quantize(Pass):
     skip: tuple[str, ...] = ()
     calibration: Any = None
     percentile: float = 100.0
+    group: int = 32
+    clip: bool = True
+    tables: bool | str = False
 
     def __post_init__(self) -> None:
-        if self.precision not in ("int8", "bf16"):
-            raise ModelError(f"Quantize: unknown precision {self.precision!r}; this version has int8 and bf16")
-        if self.calibration is not None and self.precision != "int8":
-            raise ModelError("Quantize: calibration chooses the scales of int8 activations; bf16 has none")
+        if self.precision not in ("int8", "int4", "bf16"):
+            raise ModelError(f"Quantize: unknown precision {self.precision!r}; this version has int8, int4 and bf16")
+        if self.calibration is not None and self.precision == "bf16":
+            raise ModelError("Quantize: calibration chooses scales of int8 and int4; bf16 has none")
+        if self.tables not in (False, True, "only") or (self.tables and self.precision != "int4"):
+            raise ModelError(f'Quantize: tables is False or, with "int4", True or "only"; got {self.tables!r}')
+        if type(self.group) is not int or self.group % 8 or not 8 <= self.group <= LARGEST_GROUP:
+            raise ModelError(f"Quantize: group must be a multiple of 8 and at most {LARGEST_GROUP}, got {self.group!r}")
         if not is_number(self.percentile) or not 50 < self.percentile <= 100:
             raise ModelError(f"Quantize: percentile must lie above 50 and at most at 100, got {self.percentile!r}")
 
     def apply(self, model: Model, context: Context) -> Model:
+        if self.precision == "int4":
+            return self._int4(model, context)
         chosen = targets(model, self.names, self.skip)
         quantized: dict[str, Tensor] = {}
         for name in chosen:
@@ -72,6 +93,8 @@ class Quantize(Pass):
                 quantized[name] = Quantized.from_dense(tensor.dense(), context.threads)
             elif isinstance(tensor, Sparse) and tensor.scale is None and tensor.shape[1] % 4 == 0:
                 quantized[name] = tensor.quantized(context.threads)
+            elif isinstance(tensor, Bitmask) and tensor.scale is None:
+                quantized[name] = tensor.quantized("int8")
         result = model.replace(tensors=quantized)
         if self.calibration is None:
             return result
@@ -79,12 +102,75 @@ class Quantize(Pass):
         ranges = observed(model, static, batches(model, self.calibration, context), self.percentile, context.threads)
         return result.replace(nodes=tuple(with_scale(node, ranges) if reads(node, static) else node for node in result.nodes))
 
+    def _int4(self, model: Model, context: Context) -> Model:
+        candidates = () if self.tables == "only" else model.weights
+        if self.tables:
+            candidates = tuple(dict.fromkeys((*candidates, *tables_of(model))))
+        chosen = [name for name in targets(model, self.names, self.skip, candidates) if is_float(model.tensors[name])]
+        importance: dict[str, Array] = {}
+        if self.calibration is not None:
+            products = {name for name in chosen if name in model.weights}
+            importance = mean_squares(model, products, batches(model, self.calibration, context), context.threads)
+        ratios = RATIOS if self.clip else RATIOS[:1]
+        tensors: dict[str, Tensor] = {}
+        for name in chosen:
+            tensor = model.tensors[name]
+            codes = Int4.from_dense(tensor.dense(), self.group, ratios, importance.get(name))
+            tensors[name] = Bitmask.of(codes, tensor.mask) if isinstance(tensor, Bitmask) else codes
+        return model.replace(tensors=tensors)
+
     def describe(self) -> dict[str, Any]:
         calibration = self.calibration if self.calibration is None or isinstance(self.calibration, str) else "given"
         return {**replace(self, calibration=None).as_settings(), "calibration": calibration}
 
     def as_settings(self) -> dict[str, Any]:
         return super().describe()
+
+
+def is_float(tensor: Tensor) -> bool:
+    """Whether a tensor can be int4 and is not quantised yet: a dense one, or single elements."""
+    if isinstance(tensor, Bitmask):
+        return tensor.scale is None
+    return tensor.kind in ("dense", "bf16") and tensor.dtype == np.float32
+
+
+def tables_of(model: Model) -> tuple[str, ...]:
+    """Return the names of the matrices that are read by rows alone, or by rows and by products: tables of embeddings."""
+    readers: dict[str, list[bool]] = {}
+    for node in model.nodes:
+        for place, name in enumerate(node.inputs):
+            rows = node.op == "Gather" and place == 0 and node.attributes.get("axis", 0) in (0, -2)
+            if rows or not (node.op == "Linear" and place == 1):
+                readers.setdefault(name, []).append(rows)
+    return tuple(n for n, tensor in model.tensors.items() if len(tensor.shape) == 2 and all(readers.get(n, (False,))))
+
+
+def mean_squares(model: Model, weights: set[str], data: Iterable[Mapping[str, Array]], threads: int) -> dict[str, Array]:
+    """Return, for each of the weights, the mean square of every input [k] that it is multiplied with, over all batches.
+
+    Raises:
+        DataError: there are no batches, or a value is not finite.
+    """
+    nodes = [node for node in model.nodes if reads(node, weights)]
+    values = tuple(dict.fromkeys(node.inputs[0] for node in nodes))
+    made = tuple(name for name in values if name not in model.inputs)
+    session = Session(model.replace(outputs=made or model.outputs), threads=threads)
+    sums: dict[str, Array] = {name: np.zeros(int(model.types[name].shape[-1])) for name in values}
+    count = 0
+    for batch in data:
+        found = {**batch, **session.execute(batch)}
+        count += 1
+        for name in values:
+            matrix = found[name].reshape(-1, found[name].shape[-1])
+            sums[name] += np.einsum("mk,mk->k", matrix, matrix, dtype=np.float64) / max(len(matrix), 1)
+            if not np.isfinite(sums[name]).all():
+                raise DataError(f"Quantize: '{name}' is not finite on the calibration data")
+    if not count:
+        raise DataError("Quantize: there are no calibration batches")
+    by_weight: dict[str, Array] = {}
+    for node in nodes:
+        by_weight[node.inputs[1]] = by_weight.get(node.inputs[1], 0) + sums[node.inputs[0]] / count
+    return by_weight
 
 
 def reads(node: Node, weights: set[str]) -> bool:

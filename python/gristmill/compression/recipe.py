@@ -50,23 +50,28 @@ class Pass:
         return {"pass": type(self).__name__, **settings}
 
 
-def targets(model: Model, patterns: Sequence[str], skip: Sequence[str]) -> list[str]:
+def targets(
+    model: Model, patterns: Sequence[str], skip: Sequence[str], among: Sequence[str] | None = None
+) -> list[str]:
     """Return the weights of Linear nodes whose names match `patterns` (shell style; none for all) and not `skip`.
+
+    `among` names other tensors to choose from.
 
     Raises:
         ModelError: a pattern matches nothing, or nothing is left.
     """
+    among = model.weights if among is None else among
     patterns, skip = ((given,) if isinstance(given, str) else given for given in (patterns, skip))
     for pattern in (*patterns, *skip):
-        if not any(fnmatchcase(name, pattern) for name in model.weights):
-            raise ModelError(f"pattern '{pattern}' matches none of the weights {list(model.weights)}")
+        if not any(fnmatchcase(name, pattern) for name in among):
+            raise ModelError(f"pattern '{pattern}' matches none of the weights {list(among)}")
     chosen = [
         name
-        for name in model.weights
+        for name in among
         if (not patterns or any(fnmatchcase(name, p) for p in patterns)) and not any(fnmatchcase(name, p) for p in skip)
     ]
     if not chosen:
-        raise ModelError(f"no weights are left to work on: the model has {list(model.weights)}")
+        raise ModelError(f"no weights are left to work on: the model has {list(among)}")
     return chosen
 
 
@@ -79,8 +84,9 @@ def need_float(model: Model, name: str, what: str) -> None:
     """Raise unless a weight is still float32.
 
     Raises:
-        ModelError: it is int8.
+        ModelError: it is quantised.
     """
     tensor = model.tensors[name]
     if tensor.kind == "quantized" or getattr(tensor, "scale", None) is not None:
-        raise ModelError(f"cannot {what} '{name}': it is int8 already; put Quantize last in the recipe")
+        form = "int4" if tensor.kind == "int4" or getattr(tensor, "precision", "") == "int4" else "int8"
+        raise ModelError(f"cannot {what} '{name}': it is {form} already; put Quantize last in the recipe")

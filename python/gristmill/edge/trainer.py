@@ -170,7 +170,7 @@ class _Run:
         self.memory.charge(sum(array.nbytes for array in self.state.values()))
         self.slices = _split(self.params, shapes)
         for name, values in self.slices.items():
-            write_start(trainer.model.tensors[name], values)
+            write_start(trainer.model.tensors[name], values, name in self.selection.requantise)
         self.outputs = {gradient_name(name): part for name, part in _split(self.grads, shapes).items()}
         self.session = Session(graph, trainer.threads, trainable=self.slices, in_place=True, memory=self.memory)
         self.staging = {

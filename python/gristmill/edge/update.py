@@ -10,7 +10,7 @@ import numpy as np
 
 from gristmill.errors import ModelError
 from gristmill.model import Model
-from gristmill.tensor import Dense, Quantized, Sparse, Tensor, is_int8
+from gristmill.tensor import Bitmask, Dense, Quantized, Sparse, Tensor, has_gains, is_int8
 from gristmill.tensor.parts import Array
 
 
@@ -34,7 +34,7 @@ class Selection:
         for name, values in trained.items():
             tensor = with_values(self.model.tensors[name], values)
             if name in self.requantise:
-                tensor = tensor.quantized() if isinstance(tensor, Sparse) else Quantized.from_dense(tensor.dense())
+                tensor = tensor.quantized() if isinstance(tensor, (Sparse, Bitmask)) else Quantized.from_dense(tensor.dense())
             tensors[name] = tensor
         return original.replace(tensors=tensors)
 
@@ -45,23 +45,25 @@ def with_values(tensor: Tensor, values: Array) -> Tensor:
         return Dense(values)
     if isinstance(tensor, Sparse) and tensor.scale is None:
         return Sparse(tensor.matrix_shape, values, tensor.row_offsets, tensor.index)
+    if isinstance(tensor, Bitmask) and tensor.scale is None:
+        return Bitmask(tensor.matrix_shape, tensor.bitmask, values, tensor.row_offsets)
     return tensor.with_trainable(values)
 
 
 def select(model: Model, update: str) -> Selection:
     """Return what `update` names: "all", "bias", or "last:k" for the last k Linear layers.
 
-    "bias" trains biases, normalisation parameters and, of int8 weights, the scales.
+    "bias" trains biases, normalisation parameters and, of int8 and int4 weights, the scales. Codes of int4 never change.
 
     Raises:
         ModelError: `update` is none of these, or the model has fewer layers.
     """
     linears = [node for node in model.nodes if node.op == "Linear"]
     if update == "bias":
-        vectors = [name for name, tensor in model.tensors.items() if is_float(tensor.trainable) and tensor.trainable.ndim == 1]
+        vectors = [name for name in model.trainable if len(model.tensors[name].shape) == 1 or has_gains(model.tensors[name])]
         return Selection(model, tuple(vectors), ())
     if update == "all":
-        names = [name for name, tensor in model.tensors.items() if is_float(tensor.trainable)]
+        names = list(model.trainable)
     elif (
         isinstance(update, str) and update.startswith("last:") and update[5:].isdecimal() and 0 < int(update[5:]) <= len(linears)
     ):
@@ -73,21 +75,21 @@ def select(model: Model, update: str) -> Selection:
     return Selection(model.replace(tensors=masters), tuple(names), tuple(masters))
 
 
-def is_float(array: Array) -> bool:
-    return array.dtype == np.float32
-
-
 def master(tensor: Tensor) -> Tensor:
     """Return the shape of the float32 copy through which int8 codes train: its values, never read, take no memory yet."""
     if isinstance(tensor, Sparse):
         return Sparse(tensor.matrix_shape, np.empty(tensor.values.shape, np.float32), tensor.row_offsets, tensor.index)
+    if isinstance(tensor, Bitmask):
+        return Bitmask(tensor.matrix_shape, tensor.bitmask, np.empty(tensor.count, np.float32), tensor.row_offsets)
     return Dense(np.empty(tensor.shape, np.float32))
 
 
-def write_start(tensor: Tensor, out: Array) -> None:
+def write_start(tensor: Tensor, out: Array, has_master: bool) -> None:
     """Write the values that training starts from: of int8 codes that get a master, codes times scales."""
-    if out.shape == tensor.trainable.shape:
+    if not has_master:
         out[...] = tensor.trainable
+    elif isinstance(tensor, Bitmask):
+        out[...] = tensor.float_values
     elif isinstance(tensor, Sparse):
         np.multiply(tensor.values, tensor.scale[tensor.rows_of_values], out=out)  # type: ignore[index]
     else:

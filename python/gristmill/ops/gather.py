@@ -76,11 +76,22 @@ class Gather(Op):
         return list(split) == ([False, True] if axis == 0 else [True, False])
 
     def bind(self, node: Node, binder: Binder) -> bool:
+        shape = binder.shape(node.inputs[0])
+        axis = node.attributes.get("axis", 0) % len(shape)
+        if binder.kind(node.inputs[0]) == "int4":
+            return axis == 0 and bind_int4(node, binder, shape)
         data, indices, out = binder.rows(node.inputs[0]), binder.rows(node.inputs[1]), binder.output(node.outputs[0])
-        axis = node.attributes.get("axis", 0) % len(data.shape)
         outer, places, inner = as_middle(data.shape, axis)
         binder.step(_core.gather, data.reshape(outer, places, inner), indices, out.reshape(outer, prod(indices.shape), inner))
         return True
+
+
+def bind_int4(node: Node, binder: Binder, shape: Sequence[int]) -> bool:
+    """Append the lookup in an int4 table, of which only the rows asked for are expanded."""
+    indices, out = binder.rows(node.inputs[1]), binder.output(node.outputs[0])
+    out = out.reshape(1, prod(indices.shape), shape[1])
+    binder.step(_core.gather, binder.weight(node.inputs[0]), indices, out)
+    return True
 
 
 class GatherGrad(Op):
@@ -96,6 +107,8 @@ class GatherGrad(Op):
         assert dy is not None
         assert data is not None
         assert indices is not None
+        packed = constants[1] is not None and constants[1].kind == "int4"
+        need(not packed, node, f"table '{node.inputs[1]}' is int4, which does not train: leave it out, or quantise it afterwards")
         axis = axis_of(node, data)
         wanted = (*data.shape[:axis], *indices.shape, *data.shape[axis + 1 :])
         fits = dy.dtype == data.dtype and len(dy.shape) == len(wanted) and all(map(same_dim, dy.shape, wanted))
@@ -121,7 +134,10 @@ class GatherGrad(Op):
 
 
 class Lookups(Op):
-    """The sum of rows of one to four tables: inputs table, indices, table, indices, ...; what embeddings are fused to."""
+    """The sum of rows of one to four tables: inputs table, indices, table, indices, ...; what embeddings are fused to.
+
+    Of int4 tables only the rows asked for are expanded.
+    """
 
     name = "Lookups"
     domain = OWN
@@ -149,7 +165,7 @@ class Lookups(Op):
         return all(split[1::2]) and not any(split[::2])
 
     def bind(self, node: Node, binder: Binder) -> bool:
-        pairs = [binder.rows(name) for name in node.inputs]
+        pairs = [binder.weight(name) if binder.kind(name) == "int4" else binder.rows(name) for name in node.inputs]
         out = binder.output(node.outputs[0])
         binder.step(_core.lookups, out.reshape(prod(out.shape[:-1]), out.shape[-1]), *pairs)
         return True

@@ -1,9 +1,9 @@
 """Linear: y = activation(x @ W.T + bias) + residual, and the two products of its gradient.
 
-Our fused form of ONNX Gemm and MatMul + Add. W is [n, k] as torch stores it. The weight's kind picks the kernel.
+Our fused form of ONNX Gemm and MatMul + Add. W is [n, k] as torch stores it. `products` has the kernels for a weight's kind.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,10 @@ import numpy as np
 from gristmill import _core
 from gristmill.ops.activation import FUNCTIONS, evaluate
 from gristmill.ops.op import GRAD, OWN, Binder, Node, Op, Tape, TensorType, as_rows, need, same_dim, same_type
-from gristmill.tensor import Sparse, Tensor, is_int8
+from gristmill.ops.products import candidates
+from gristmill.ops.products.dense import is_float_in_memory, multiplies_bf16, operand_panels
+from gristmill.ops.products.product import static_scale
+from gristmill.tensor import Bitmask, Int4, Sparse, Tensor, has_gains, is_int8
 from gristmill.tensor.parts import Array
 
 
@@ -89,120 +92,16 @@ class Linear(Op):
         return split[0] and residual and len(made[0].shape) > 1
 
     def bind(self, node: Node, binder: Binder) -> bool:
-        kind = binder.tensor(node.inputs[1]).kind
-        if kind != "quantized" and "input_scale" in node.attributes:
-            return False  # only the dense int8 product takes static scales
-        return KERNELS[kind](node, binder)
-
-
-def static_scale(node: Node) -> tuple[float, int] | None:
-    """The scale and zero point that the node's input is rounded with, or None."""
-    if "input_scale" not in node.attributes:
-        return None
-    return float(node.attributes["input_scale"]), int(node.attributes.get("input_zero_point", 128))
+        products = candidates(node, binder)
+        if products:
+            binder.choose(node, products).bind(node, binder)
+        return bool(products)
 
 
 def rounded(x: Array, scale: float, zero_point: int) -> Array:
     """Return what the codes of x with a static scale stand for."""
     codes = np.clip(np.rint(np.nan_to_num(x / np.float32(scale), nan=0.0)) + np.float32(zero_point), 0, 255)
     return (codes - np.float32(zero_point)) * np.float32(scale)
-
-
-def bind_dense(node: Node, binder: Binder) -> bool:
-    x, residual, out = matrices(node, binder, "rows")
-    weight = node.inputs[1]
-    in_place = reads_in_place(node, binder)
-    bf16 = multiplies_bf16(weight, binder) and (not in_place or is_float_in_memory(weight, binder))
-    kernel, pack = (_core.linear_bf16, _core.pack_bf16) if bf16 else (_core.linear, _core.pack_dense)
-    source = binder.weight(weight) if in_place else binder.packed(weight, pack)
-    n, k = binder.tensor(weight).shape
-    scratch = binder.scratch(_core.linear_scratch(x.shape[0], n, k, binder.threads))
-    panels = operand_panels(binder, weight, x.shape[0], k, n, bf16) if in_place else None
-    binder.step(kernel, x, source, out, *epilogue(node, binder, residual), scratch, panels)
-    return True
-
-
-PACKED_FROM = 256  # results along the other side that make a run's own packing of an operand worth its time
-
-
-def operand_panels(binder: Binder, weight: str, others: int, depth: int, cols: int, bf16: bool) -> Any:
-    """Return where a product packs its second operand [depth, cols] at every run, or None where it reads it in place."""
-    if binder.in_place or others < PACKED_FROM or not is_float_in_memory(weight, binder):
-        return None
-    return binder.scratch(_core.panels_nbytes(depth, cols, bf16))
-
-
-def multiplies_bf16(weight: str, binder: Binder) -> bool:
-    """Whether products with a dense weight round both operands to bf16: it is stored so, or the session was asked to."""
-    precision = getattr(binder, "precision", None)
-    stored = binder.tensor(weight).kind
-    asked = precision == "bf16" or (precision is None and stored == "bf16")
-    return asked and stored in ("dense", "bf16") and _core.has_bf16()
-
-
-def is_float_in_memory(weight: str, binder: Binder) -> bool:
-    """Whether kernels that read the weight in place find float32: bf16 trains as that."""
-    return binder.tensor(weight).kind == "dense" or binder.trains(weight)
-
-
-def bind_quantized(node: Node, binder: Binder) -> bool:
-    codes, scales, zeros, m = binder.codes(node.inputs[0], "tile", static_scale(node))
-    _, residual, out = matrices(node, binder, "rows")
-    packed = binder.packed(node.inputs[1], _core.pack_int8)
-    weight_scale = binder.scale(node.inputs[1])
-    binder.step(_core.linear_int8, codes, scales, zeros, m, packed, weight_scale, out, *epilogue(node, binder, residual))
-    return True
-
-
-def bind_sparse(node: Node, binder: Binder) -> bool:
-    weight = node.inputs[1]
-    tensor = binder.tensor(weight)
-    assert isinstance(tensor, Sparse)
-    if tensor.block not in BLOCKS[tensor.values.dtype.name]:
-        return False
-    if tensor.scale is not None:
-        codes, scales, _, m = binder.codes(node.inputs[0], "lanes")
-        _, residual, out = matrices(node, binder, "lanes")
-        packed = binder.packed(weight, _core.pack_sparse)
-        weight_scale = binder.scale(weight)
-        binder.step(_core.sparse_linear_int8, codes, scales, m, packed, weight_scale, out, *epilogue(node, binder, residual))
-        return True
-    x, residual, out = matrices(node, binder, "lanes")
-    packed = binder.packed(weight, _core.pack_sparse)  # which refers to the values: as good as in place
-    binder.step(_core.sparse_linear, x, packed, out, *epilogue(node, binder, residual))
-    return True
-
-
-BLOCKS = {"float32": {(1, 1), (1, 4), (2, 4), (4, 4)}, "int8": {(1, 4), (2, 4), (4, 4)}}  # that kernels exist for
-
-KERNELS: dict[str, Callable[[Node, Binder], bool]] = {
-    "dense": bind_dense,
-    "bf16": bind_dense,
-    "quantized": bind_quantized,
-    "sparse": bind_sparse,
-}
-
-
-def reads_in_place(node: Node, binder: Binder) -> bool:
-    """Whether the kernel must read the weight at every run: because it trains, or because memory is tight."""
-    return binder.in_place or binder.trains(node.inputs[1])
-
-
-def matrices(node: Node, binder: Binder, layout: str) -> tuple[Any, Any, Any]:
-    """Return x, residual (or None) and the output as matrices in one layout."""
-    fetch = binder.rows if layout == "rows" else binder.lanes
-    x = fetch(node.inputs[0])
-    residual = fetch(node.input(3)) if node.input(3) else None
-    out = binder.output(node.outputs[0], layout)
-    if layout == "rows":
-        x, out = x.reshape(*as_rows(x.shape)), out.reshape(*as_rows(out.shape))
-        residual = None if residual is None else residual.reshape(*out.shape)
-    return x, residual, out
-
-
-def epilogue(node: Node, binder: Binder, residual: Any) -> tuple[Any, Any, Any]:
-    bias = binder.array(node.input(2)) if node.input(2) else None
-    return bias, node.attributes.get("activation"), residual
 
 
 def matrix_shape(node: Node, weight: Tensor | None) -> tuple[int, int]:
@@ -232,6 +131,8 @@ class LinearGradInput(Op):
         return [dy @ weight]
 
     def bind(self, node: Node, binder: Binder) -> bool:
+        if binder.kind(node.inputs[1]) == "int4":
+            return False
         dy, dx = binder.rows(node.inputs[0]), binder.output(node.outputs[0])
         dy, dx = dy.reshape(*as_rows(dy.shape)), dx.reshape(*as_rows(dx.shape))
         n, k = binder.tensor(node.inputs[1]).shape
@@ -246,7 +147,7 @@ class LinearGradInput(Op):
 
 class LinearGradWeight(Op):
     """The gradient of what trains in W: dW = dy.T @ x for a dense weight, its stored positions for a sparse one, or the
-    gradient of the gains on the scales for an int8 one (straight through the rounding)."""
+    gradient of the gains on the scales for an int8 or int4 one (straight through the rounding)."""
 
     name = "LinearGradWeight"
     domain = GRAD
@@ -276,6 +177,9 @@ class LinearGradWeight(Op):
         dy, x, grad = binder.rows(node.inputs[0]), binder.rows(node.inputs[1]), binder.output(node.outputs[0])
         dy, x = dy.reshape(*as_rows(dy.shape)), x.reshape(*as_rows(x.shape))
         tensor = binder.tensor(node.inputs[2])
+        if isinstance(tensor, Int4):
+            bind_gain_gradient(node, binder, tensor, dy, grad)
+            return True
         n, k = tensor.shape
         scratch = binder.scratch(_core.linear_scratch(dy.shape[0], n, k, binder.threads))
         weight = node.inputs[2]
@@ -288,10 +192,22 @@ class LinearGradWeight(Op):
         return True
 
 
+def bind_gain_gradient(node: Node, binder: Binder, tensor: Int4, dy: Any, grad: Any) -> None:
+    """Append the gradient of gains on the rows of W: the sum over m of dy * (x @ W.T without gains). No matrix dW is made."""
+    codes, scales, offsets, m = binder.groups(node.inputs[1], tensor.group)
+    product = binder.scratch(m * tensor.shape[0], np.float32).reshape(*dy.shape)
+    packed = binder.packed(node.inputs[2], _core.pack_int4)
+    binder.step(_core.linear_int4, codes, scales, offsets, m, packed, None, product, None, None, None)
+    binder.step(_core.multiply, dy, product, product)
+    binder.step(_core.column_sum, product, grad)
+
+
 def project(weight: Tensor, gradient: Array) -> Array:
     """Return the gradient of a weight's trainable part from the gradient [n, k] of the dense matrix."""
-    if is_int8(weight):
+    if has_gains(weight):
         return np.einsum("nk,nk->n", gradient, weight.dense())
+    if isinstance(weight, Bitmask):
+        return gradient[weight.mask]
     if not isinstance(weight, Sparse):
         return gradient
     columns = weight.block[1]

@@ -6,8 +6,9 @@ binds the steps to addresses. Steps between two Python references form one C seg
 """
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -18,9 +19,11 @@ from gristmill.errors import ModelError
 from gristmill.model import Model
 from gristmill.ops import Node, find
 from gristmill.ops.op import as_rows, refusal
+from gristmill.ops.products import Product
 from gristmill.runtime.arena import FOREVER, Buffer, Memory, place
+from gristmill.runtime.choice import Choice, Way, readers_of, stored_bytes, ways_of
 from gristmill.runtime.shapes import Shapes
-from gristmill.tensor import BFloat16, Quantized, Sparse, Tensor, is_int8
+from gristmill.tensor import BFloat16, Bitmask, Int4, Quantized, Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
 
 
@@ -39,7 +42,7 @@ class InPlace:
     tensor: Tensor
     trained: "Array | Buffer | None"
 
-    def view(self, arena: Array) -> _core.Weight:
+    def view(self, arena: Array) -> _core.Weight | _core.Int4Weight:
         return weight_view(self.tensor, self.trained.view(arena) if isinstance(self.trained, Buffer) else self.trained)
 
 
@@ -65,11 +68,15 @@ class Weights:
             return self._made[key]
 
 
-def weight_view(tensor: Tensor, trained: Array | None = None) -> _core.Weight:
+def weight_view(tensor: Tensor, trained: Array | None = None) -> _core.Weight | _core.Int4Weight:
     """Return the kernel's view of a matrix, its values or its scales replaced by memory that somebody else updates.
 
-    A tensor of more dimensions is a matrix of its first and all others.
+    A tensor of more dimensions is a matrix of its first and all others. What trains of int4 is no part of the view.
     """
+    if isinstance(tensor, Int4):
+        return tensor.view
+    if isinstance(tensor, Bitmask):
+        return tensor.weight(trained)
     shape = (tensor.shape[0], prod(tensor.shape[1:]))
     if tensor.kind == "dense":
         return _core.Weight((tensor.trainable if trained is None else trained).reshape(shape), shape)
@@ -92,6 +99,7 @@ class Step:
     kernel: Callable[..., None] | None
     args: tuple[Any, ...]
     outputs: tuple[Buffer, ...] = ()
+    moves: bool = False  # converts a value for the node, rather than being the node's own
 
     def buffers(self) -> list[Buffer]:
         within = (arg.trained if isinstance(arg, InPlace) else arg for arg in (*self.args, *self.outputs))
@@ -106,6 +114,7 @@ class Options:
     low_precision: bool = False
     reference: bool = False
     in_place: bool = False
+    decide: Callable[[Sequence[Way], int, int], Way] | None = None  # of ways, threads and bytes of weights; None: own forms
 
 
 class Layout:
@@ -124,8 +133,11 @@ class Layout:
         self.trainable, self.bound, self.in_place = trainable, outputs, options.in_place
         self.precision, self.low_precision = options.precision, options.low_precision
         self.steps: list[Step] = []
+        self.choices: dict[str, Choice] = {}  # by node
+        self.decide = options.decide
         self.scales: dict[str, Buffer] = {}
-        self.panels: dict[tuple[str, str, tuple[float, int] | None], tuple[Buffer, Buffer, Buffer | None]] = {}
+        self.panels: dict[tuple[str, str, tuple[float, int] | None, bool], tuple[Buffer, Buffer, Buffer | None]] = {}
+        self.grouped: dict[tuple[str, int], tuple[Buffer, Buffer, Buffer]] = {}
         self.inputs = {name: self._fresh(name, "rows") for name in model.inputs}
         self.forms: dict[str, dict[str, Buffer]] = {name: {"rows": buffer} for name, buffer in self.inputs.items()}
         for node in model.nodes:
@@ -137,6 +149,9 @@ class Layout:
 
     # ---- what operators ask for (ops.op.Binder) ----
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.types[name].extents
+
     def rows(self, name: str) -> Buffer:
         """A value in its own shape, C order."""
         if name not in self.forms:
@@ -145,7 +160,7 @@ class Layout:
         if "rows" not in forms:
             lanes = forms["lanes"]
             forms["rows"] = self._fresh(name, "rows")
-            self.step(_core.transpose, lanes, forms["rows"].reshape(*lanes.shape[::-1]))
+            self._move(_core.transpose, lanes, forms["rows"].reshape(*lanes.shape[::-1]))
         return forms["rows"]
 
     def lanes(self, name: str) -> Buffer:
@@ -154,7 +169,7 @@ class Layout:
         if "lanes" not in forms:
             rows = forms["rows"] if "rows" in forms else self._constant(name)
             forms["lanes"] = self._fresh(name, "lanes")
-            self.step(_core.transpose, rows.reshape(*as_rows(rows.shape)), forms["lanes"])
+            self._move(_core.transpose, rows.reshape(*as_rows(rows.shape)), forms["lanes"])
         return forms["lanes"]
 
     def stored(self, name: str) -> tuple[Buffer, str]:
@@ -162,22 +177,38 @@ class Layout:
         layout = next(iter(self.forms.get(name, {})), "rows")
         return (self.lanes(name) if layout == "lanes" else self.rows(name)), layout
 
-    def codes(self, name: str, layout: str, static: tuple[float, int] | None = None) -> tuple[Buffer, Buffer, Buffer | None, int]:
+    def codes(
+        self, name: str, layout: str, static: tuple[float, int] | None = None, symmetric: bool = False
+    ) -> tuple[Buffer, Buffer, Buffer | None, int]:
         """A value quantised into a panel, per row or with a static scale and zero point: codes, scales, zero points (none in
-        layout "lanes", which is symmetric) and the number of rows.
+        layout "lanes", which is symmetric) and the number of rows. With `symmetric`, "tile" has the codes of "lanes".
 
         Made once and shared.
         """
-        m, k = as_rows(self._shape(name))
-        key = (name, layout, static)
+        m, k = as_rows(self.shape(name))
+        key = (name, layout, static, symmetric)
         if key not in self.panels:
             x, form = self.stored(name)
             x = x if form == "lanes" else x.reshape(m, k)
             codes, scales = self.scratch(_core.codes_nbytes(m, k, layout)), Buffer((m,), np.float32)
             zeros = Buffer((m,), np.int32) if layout == "tile" else None
-            self.step(_core.quantize_activations, x, form == "lanes", layout, codes, scales, zeros, *(static or ()))
+            how = (*(static or (None, 128)), symmetric)
+            self._move(_core.quantize_activations, x, form == "lanes", layout, codes, scales, zeros, *how)
             self.panels[key] = (codes, scales, zeros)
         return (*self.panels[key], m)
+
+    def groups(self, name: str, group: int) -> tuple[Buffer, Buffer, Buffer, int]:
+        """A value quantised to int8 with a scale for each group of a row: codes, scales, offsets and the number of rows.
+
+        Made once and shared.
+        """
+        m, k = as_rows(self.shape(name))
+        if (name, group) not in self.grouped:
+            count = m * -(-k // group)
+            made = Buffer((m * -(-k // 8) * 8,), np.int8), Buffer((count,), np.float32), Buffer((count,), np.int32)
+            self.step(_core.quantize_groups, self.rows(name).reshape(m, k), group, *made)
+            self.grouped[name, group] = made
+        return (*self.grouped[name, group], m)
 
     def output(self, name: str, layout: str = "rows") -> Buffer:
         """A new buffer for a value that the present node makes."""
@@ -189,21 +220,25 @@ class Layout:
 
         Where the value is bound to memory of its own it gets a copy; False if it cannot get one here.
         """
-        if prod(buffer.shape) != prod(self._shape(name)):
-            raise ValueError(f"{buffer.shape} cannot be seen as {self._shape(name)}")
+        if prod(buffer.shape) != prod(self.shape(name)):
+            raise ValueError(f"{buffer.shape} cannot be seen as {self.shape(name)}")
         if name not in self.bound:
-            self.forms[name] = {"rows": buffer.reshape(*self._shape(name))}
+            self.forms[name] = {"rows": buffer.reshape(*self.shape(name))}
         elif buffer.dtype == np.float32:
             self.step(_core.scale, buffer, 1.0, self.output(name).reshape(*buffer.shape))
         else:
             return False
         return True
 
-    def scratch(self, nbytes: int) -> Buffer:
-        return Buffer((nbytes,), np.uint8)
+    def scratch(self, count: int, dtype: Any = np.uint8) -> Buffer:
+        return Buffer((count,), dtype)
 
     def tensor(self, name: str) -> Tensor:
         return self.model.tensors[name]
+
+    def kind(self, name: str) -> str | None:
+        """The kind of a tensor of the model; None for any other value."""
+        return self.model.tensors[name].kind if name in self.model.tensors else None
 
     def trains(self, name: str) -> bool:
         return name in self.trainable
@@ -217,7 +252,7 @@ class Layout:
     def scale(self, name: str) -> Array | Buffer:
         """The scales of an int8 weight: where their gains train, the product of both, made anew at every run."""
         tensor = self.model.tensors[name]
-        assert isinstance(tensor, (Quantized, Sparse))
+        assert isinstance(tensor, (Quantized, Sparse, Bitmask))
         assert tensor.scale is not None
         if name not in self.trainable:
             return tensor.scale
@@ -233,16 +268,33 @@ class Layout:
     def packed(self, name: str, pack: Callable[..., Any]) -> Packed:
         return Packed(name, pack)
 
+    def choose(self, node: Node, products: Sequence[Product]) -> Product:
+        """The product that a Linear is bound to, of those that can serve it: its weight's own, or the fastest expected."""
+        ways = ways_of(node, products, self)
+        way = ways[0] if self.decide is None or len(ways) == 1 else self.decide(ways, self.threads, self.resident)
+        self.choices[node.name] = Choice(way, ways)
+        return way.product
+
     def step(self, kernel: Callable[..., None], *args: Any) -> None:
         self.steps.append(Step(self.node, kernel, args))
 
+    @cached_property
+    def readers(self) -> dict[str, list[Node]]:
+        """The nodes that read each value."""
+        return readers_of(self.model)
+
+    @cached_property
+    def resident(self) -> int:
+        """Bytes of the model's weights."""
+        return stored_bytes(self.model)
+
     # ---- inner ----
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return self.types[name].extents
+    def _move(self, kernel: Callable[..., None], *args: Any) -> None:
+        self.steps.append(Step(self.node, kernel, args, moves=True))
 
     def _fresh(self, name: str, layout: str) -> Buffer:
-        shape, dtype = self._shape(name), self.types[name].dtype
+        shape, dtype = self.shape(name), self.types[name].dtype
         if layout == "lanes":
             return Buffer(as_rows(shape)[::-1], dtype)
         return Buffer(shape, dtype, self.bound.get(name))
@@ -325,16 +377,17 @@ def _groups(steps: list[Step], inputs: Iterable[Buffer]) -> list[int]:
 
 
 class Plan:
-    """The second pass: steps bound to addresses in an arena."""
+    """The second pass: steps bound to addresses in an arena; each `apart`, in a program of its own, where they are timed."""
 
-    def __init__(self, layout: Layout, arena: Array, weights: Weights) -> None:
+    def __init__(self, layout: Layout, arena: Array, weights: Weights, apart: bool = False) -> None:
+        self.apart = apart
         self.inputs = {name: buffer.view(arena) for name, buffer in layout.inputs.items()}
         self.outputs = {name: buffer.view(arena) for name, buffer in layout.outputs.items()}
         self.steps = layout.steps
         self.segments: list[_core.Program | Callable[[], None]] = []
         before = None
         for group, step in zip(layout.groups, layout.steps, strict=True):
-            if group == before:
+            if group == before and not apart:
                 self.segments[-1].overlap()  # type: ignore[union-attr]
             self._bind(step, arena, weights, layout.threads)
             before = group
@@ -352,7 +405,7 @@ class Plan:
         if step.kernel is None:
             self.segments.append(_reference(step.node, args, [out.view(arena) for out in step.outputs]))
             return
-        if not self.segments or not isinstance(self.segments[-1], _core.Program):
+        if self.apart or not self.segments or not isinstance(self.segments[-1], _core.Program):
             self.segments.append(_core.Program())
         try:
             args = [arg.view(arena) if isinstance(arg, InPlace) else arg for arg in args]

@@ -3,7 +3,7 @@
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,17 @@ from gristmill.errors import ModelError
 from gristmill.model import Model, check_model
 from gristmill.ops import TensorType
 from gristmill.runtime.arena import Memory
+from gristmill.runtime.choice import Way
+from gristmill.runtime.costs import costs
+from gristmill.runtime.explanation import Explanation, explain
+from gristmill.runtime.explanation import measure as time_steps
 from gristmill.runtime.fuse import fuse
 from gristmill.runtime.mapping import Batch, Bound, Mapped, Stacked, each, examples_per_item
 from gristmill.runtime.plan import Layout, Options, Plan, Weights
 from gristmill.runtime.shapes import Shapes, determine
 from gristmill.runtime.staged import Run, Stage
 from gristmill.runtime.threads import check_threads
-from gristmill.tensor import Quantized, Sparse, Tensor, is_int8
+from gristmill.tensor import Quantized, Tensor, has_gains, is_int8
 from gristmill.tensor.parts import Array
 
 PLANS = 16  # kept per session; the least recently used goes first
@@ -72,12 +76,12 @@ class Session:
         for name, array in self.trainable.items():
             _check_trainable(model, name, array)
         self._stored = _quantized(model, self.trainable) if precision == "int8" else model
-        compiled = _reblocked(fuse(self._stored))
+        compiled = fuse(self._stored)
         self.memory = memory or Memory()
         self.weights = Weights(compiled, self.trainable, self.memory)
         self._graph = compiled  # or, in a later stage of a graph, a part of it over the same weights
-        low = precision in ("bf16", "int8") or (precision is None and any(map(is_int8, compiled.tensors.values())))
-        self.options = Options(precision, low, reference, in_place)
+        low = precision in ("bf16", "int8") or (precision is None and _computes_int8(compiled))
+        self.options = Options(precision, low, reference, in_place, decide if self.memory.limit is None else None)
         self._runs: OrderedDict[Any, Run] = OrderedDict()
         self._arena = self.memory.allocate(0)
         self._arenas: list[Array] = []  # one for each thread of a map
@@ -165,16 +169,39 @@ class Session:
     def _layout(self, shapes: Shapes, outputs: Mapping[str, Array]) -> Layout:
         return Layout(self._graph, shapes, self.threads, self.trainable, outputs, self.options)
 
-    def explain(self, **shapes: tuple[int, ...]) -> list[dict[str, Any]]:
-        """Say which kernel each node is bound to.
+    def explain(self, *, measure: bool | Mapping[str, Array] = False, **shapes: tuple[int, ...]) -> Explanation:
+        """Say how each node runs: which kernel, why that one, and what others would cost on this machine.
 
         Args:
+            measure: time each step too, on random inputs or on those given here. Steps run one by one, each with a barrier, and a
+                batch is not cut into items.
             shapes: the concrete shape of each input; left out, symbolic dimensions are taken as 1.
 
         Returns:
-            One row for each step: node, op, kernel ("numpy" where there is none), weight (its kind and shape) and bytes (of the
-            weight as stored). `gm.kernels()` says which instruction set serves each kernel.
+            One row for each step, which prints as a table: see `Explanation`. `gm.kernels()` says which instruction set serves
+            each kernel.
+
+        Example:
+            >>> import gristmill as gm
+            >>> [row["product"] for row in Session(gm.zoo.mlp([8, 4]), threads=1).explain(x=(2, 8))]
+            ['dense float32']
         """
+        given = self._check(measure) if isinstance(measure, Mapping) else self._types(shapes)
+        layout = self.layout(given)
+        rows = explain(layout, self._stored, costs())
+        if measure is not False and rows:
+            from gristmill.runtime.timing import draw
+
+            extents = {name: kind.extents for name, kind in given.items()}
+            inputs = measure if isinstance(measure, Mapping) else draw(self.model, extents)
+            plan = Plan(layout, np.zeros(layout.nbytes, np.uint8), self.weights, apart=True)
+            for name, place in plan.inputs.items():
+                np.copyto(place, inputs[name])
+            time_steps(rows, plan, self.threads)
+        return rows
+
+    def _types(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorType]:
+        """The types of inputs of these shapes; symbolic dimensions of the others are 1."""
         for name, given_shape in shapes.items():
             if name not in self.model.inputs or not isinstance(given_shape, (tuple, list)):
                 raise ModelError(f"give a tuple for each of the inputs {list(self.model.inputs)}, got {name}={given_shape!r}")
@@ -182,7 +209,7 @@ class Session:
         for name, kind in self.model.inputs.items():
             shape = shapes.get(name, tuple(1 if isinstance(dim, str) else dim for dim in kind.shape))
             given[name] = TensorType(kind.dtype, tuple(shape))
-        return [_explain(step, self._stored) for step in self.layout(given).steps]
+        return given
 
     def _find(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], stacked: bool = False) -> Run:
         """Return a run for arrays of these shapes, or for stacks of such. Shapes that were met before were checked before."""
@@ -325,6 +352,11 @@ def _check_trainable(model: Model, name: str, array: Array) -> None:
         )
 
 
+def _computes_int8(model: Model) -> bool:
+    """Whether products of a model have int8 activations."""
+    return any(map(is_int8, model.tensors.values())) or any(has_gains(model.tensors[name]) for name in model.weights)
+
+
 def _quantized(model: Model, trainable: Mapping[str, Array]) -> Model:
     tensors: dict[str, Tensor] = {}
     for name in model.weights:
@@ -334,21 +366,9 @@ def _quantized(model: Model, trainable: Mapping[str, Array]) -> Model:
     return model.replace(tensors=tensors)
 
 
-def _reblocked(model: Model) -> Model:
-    """Fill unstructured int8 weights up to the 1 x 4 blocks that the int8 kernel reads."""
-    tensors = {name: model.tensors[name] for name in model.weights}
-    scattered = {n: t for n, t in tensors.items() if isinstance(t, Sparse) and is_int8(t) and t.block == (1, 1)}
-    return model.replace(tensors={name: t.reblocked(4) for name, t in scattered.items() if t.shape[1] % 4 == 0})
-
-
-def _explain(step: Any, model: Model) -> dict[str, Any]:
-    kernel = "numpy" if step.kernel is None else step.kernel.__name__
-    row: dict[str, Any] = {"node": step.node.name, "op": step.node.op, "kernel": kernel, "weight": "", "bytes": 0}
-    if step.node.op == "Linear" and (kernel == "numpy" or "linear" in kernel):
-        tensor = model.tensors[step.node.inputs[1]]
-        row["weight"] = f"{tensor.kind} {tensor.shape[0]}x{tensor.shape[1]}"
-        row["bytes"] = tensor.nbytes
-    return row
+def decide(ways: Sequence[Way], threads: int, resident: int) -> Way:
+    """Choose by what products cost on this machine. Not within a budget, where no copies of weights are made."""
+    return costs().decide(ways, threads, resident)
 
 
 _sessions: "weakref.WeakKeyDictionary[Model, Session]" = weakref.WeakKeyDictionary()

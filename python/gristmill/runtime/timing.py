@@ -3,12 +3,15 @@
 import time
 from collections.abc import Mapping
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gristmill.model import Model
-from gristmill.runtime.session import Session
 from gristmill.tensor.parts import Array
+
+if TYPE_CHECKING:
+    from gristmill.runtime.session import Session
 
 REPEATS = 15
 SECONDS = 0.15  # spent on one figure at most, but for the first call
@@ -16,7 +19,7 @@ LENGTH = 16  # what symbolic dimensions other than the batch are taken as: short
 MOVES = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Flatten")  # keep the values of their first input
 
 
-def latency(session: Session, inputs: Mapping[str, Array]) -> float:
+def latency(session: "Session", inputs: Mapping[str, Array]) -> float:
     """Return the median seconds of a run after a first one that plans and packs."""
     session.execute(inputs)
     times: list[float] = []
@@ -32,12 +35,20 @@ def random_inputs(model: Model, batch: int, seed: int = 0) -> dict[str, Array]:
 
     Symbolic leading dimensions are set to `batch`, other ones to LENGTH.
     """
-    rng = np.random.default_rng(seed)
     leading = {kind.shape[0] for kind in model.inputs.values() if kind.shape}
-    rows = table_rows(model)
+    shapes = {
+        name: tuple((batch if dim in leading else LENGTH) if isinstance(dim, str) else dim for dim in kind.shape)
+        for name, kind in model.inputs.items()
+    }
+    return draw(model, shapes, seed)
+
+
+def draw(model: Model, shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, Array]:
+    """Draw inputs of these shapes."""
+    rng, rows = np.random.default_rng(seed), table_rows(model)
     inputs = {}
     for name, kind in model.inputs.items():
-        shape = tuple((batch if dim in leading else LENGTH) if isinstance(dim, str) else dim for dim in kind.shape)
+        shape = shapes[name]
         if name in rows:
             inputs[name] = rng.integers(0, rows[name], shape).astype(kind.dtype)
         elif kind.dtype.kind in "biu":

@@ -16,9 +16,8 @@ class Sparse:
     """An [n, k] matrix as `values` [blocks, r, c]; the rest is zero.
 
     The blocks of row group g (rows g*r ... g*r + r - 1) are `row_offsets[g] : row_offsets[g + 1]` (int32 [n/r + 1]); block b
-    starts at column `index[b] * c` (int32 [blocks], rising within a group). Blocks of 1 x 1 are unstructured sparsity and are
-    stored with a bitmask of the elements; larger blocks are stored with one index each. With int8 values, `scale` is
-    float32 [n].
+    starts at column `index[b] * c` (int32 [blocks], rising within a group). With int8 values, `scale` is float32 [n]. Single
+    elements are better stored as a `Bitmask`.
     """
 
     kind: ClassVar[str] = "sparse"
@@ -103,34 +102,13 @@ class Sparse:
         groups = np.repeat(np.arange(len(self.row_offsets) - 1), np.diff(self.row_offsets))
         return (groups[:, None] * self.block[0] + np.arange(self.block[0]))[:, :, None]
 
-    def reblocked(self, columns: int) -> "Sparse":
-        """Return the same matrix in blocks of 1 x `columns`, zeros filled in; of a tensor in blocks of 1 x 1."""
-        rows = np.repeat(np.arange(self.shape[0]), np.diff(self.row_offsets))
-        blocks, place = np.unique(rows * (self.shape[1] // columns) + self.index // columns, return_inverse=True)
-        values = np.zeros((len(blocks), 1, columns), self.values.dtype)
-        values[place, 0, self.index % columns] = self.values[:, 0, 0]
-        row_offsets = np.zeros(self.shape[0] + 1, np.int32)
-        np.cumsum(np.bincount(blocks // (self.shape[1] // columns), minlength=self.shape[0]), out=row_offsets[1:])
-        index = (blocks % (self.shape[1] // columns)).astype(np.int32)
-        return Sparse(self.matrix_shape, values, row_offsets, index, self.scale)
-
     def parts(self) -> dict[str, Array]:
-        parts = {"_values": self.values}
-        if self.block == (1, 1):
-            parts = {"_values": self.values.reshape(-1), "_bitmask": self._bitmask()}
-        else:
-            columns = self.shape[1] // self.block[1]
-            parts["_block_index"] = self.index.astype(np.min_scalar_type(max(columns - 1, 0)))
-            parts["_row_offsets"] = self.row_offsets
+        columns = self.shape[1] // self.block[1]
+        index = self.index.astype(np.min_scalar_type(max(columns - 1, 0)))
+        parts = {"_values": self.values, "_block_index": index, "_row_offsets": self.row_offsets}
         if self.scale is not None:
             parts["_scale"] = self.scale[:, None]
         return parts
-
-    def _bitmask(self) -> Array:
-        mask = np.zeros(self.shape, bool)
-        rows = np.repeat(np.arange(self.shape[0]), np.diff(self.row_offsets))
-        mask[rows, self.index] = True
-        return np.packbits(mask, axis=1, bitorder="little")
 
     def spec(self) -> dict[str, Any]:
         return {"kind": self.kind, "shape": list(self.shape), "block": list(self.block), "dtype": str(self.values.dtype)}
@@ -144,13 +122,9 @@ class Sparse:
         if dtype not in ("float32", "int8") or n % block[0] or k % block[1]:
             raise FormatError(f"{dtype!r} blocks of {block} cannot make a matrix of shape ({n}, {k})")
         scale = check_scale(take(parts, "_scale", np.float32, (n, 1)), "_scale")[:, 0] if dtype == "int8" else None
-        if block == [1, 1]:
-            values, row_offsets, index = _from_bitmask(parts, dtype, n, k)
-        else:
-            values = take(parts, "_values", dtype, (None, block[0], block[1]))
-            row_offsets = take(parts, "_row_offsets", np.int32, (n // block[0] + 1,))
-            stored = take(parts, "_block_index", np.min_scalar_type(max(k // block[1] - 1, 0)), (len(values),))
-            index = stored.astype(np.int32)
+        values = take(parts, "_values", dtype, (None, block[0], block[1]))
+        row_offsets = take(parts, "_row_offsets", np.int32, (n // block[0] + 1,))
+        index = take(parts, "_block_index", np.min_scalar_type(max(k // block[1] - 1, 0)), (len(values),)).astype(np.int32)
         if dtype == "int8":
             check_codes(values, k)
         tensor = cls((n, k), values, row_offsets, index, scale)
@@ -159,15 +133,3 @@ class Sparse:
         except ValueError as error:
             raise FormatError(f"sparse index: {error}") from error
         return tensor
-
-
-def _from_bitmask(parts: Mapping[str, Array], dtype: str, n: int, k: int) -> tuple[Array, Array, Array]:
-    bits = take(parts, "_bitmask", np.uint8, (n, -(-k // 8)))
-    mask = np.unpackbits(bits, axis=1, bitorder="little")
-    if mask[:, k:].any():
-        raise FormatError("the bitmask marks elements beyond the last column")
-    values = take(parts, "_values", dtype, (int(np.count_nonzero(mask[:, :k])),))  # before the positions take eight bytes each
-    rows, columns = np.nonzero(mask[:, :k])
-    row_offsets = np.zeros(n + 1, np.int32)
-    np.cumsum(np.bincount(rows, minlength=n), out=row_offsets[1:])
-    return values.reshape(-1, 1, 1), row_offsets, columns.astype(np.int32)

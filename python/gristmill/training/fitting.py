@@ -241,7 +241,7 @@ def trainable_names(model: Model, loss: losses.Loss, names: Iterable[str] | None
     """
     if names is None:
         used = {name for node in model.nodes for name in node.inputs}
-        chosen = [name for name, tensor in model.tensors.items() if name in used and tensor.trainable.dtype == np.float32]
+        chosen = [name for name in model.trainable if name in used]
     else:
         chosen = list(dict.fromkeys([names] if isinstance(names, str) else names))
         for name in chosen:

@@ -71,9 +71,10 @@ int fc_has_bf16(void);
 
 /* ---- reading a weight ---- */
 
-/* Expand rows [row, row + rows) x columns [col, col + cols) of a weight into out (row stride `stride`); positions outside the
- * blocks are 0. `scaled` = 0 leaves int8 codes unscaled. `cursor` holds one entry per row group touched; it is set by
- * fc_weight_seek and lets a walk over ascending columns find its blocks without a search. */
+/* Expand rows [row, row + rows) x columns [col, col + cols) of a weight into out (row stride `stride`); positions that are not
+ * stored are 0. `scaled` = 0 leaves out what trains: the scale of a row of int8 codes, the gain of one of int4 codes. `cursor`
+ * holds one entry per row group touched; it is set by fc_weight_seek and lets a walk over ascending columns find its blocks or
+ * values without a search. */
 FC_HIDDEN void fc_weight_seek(const fc_weight *weight, int64_t row, int64_t rows, int64_t col, int32_t *cursor);
 FC_HIDDEN void fc_weight_expand(const fc_weight *weight, int64_t row, int64_t rows, int64_t col, int64_t cols, int scaled,
                                 float *out, int64_t stride, int32_t *cursor);

@@ -252,7 +252,7 @@ def linear_grad_input_bf16(Program program not None, dy, Weight weight not None,
 cdef tuple grad_shape(Weight weight):
     if weight.view.kind == FC_DENSE_BF16:
         raise TypeError("weight: bf16 values train as float32; pass those")
-    if weight.view.kind == FC_DENSE_S8 or weight.view.kind == FC_BLOCKS_S8:
+    if weight.view.kind in (FC_DENSE_S8, FC_BLOCKS_S8, FC_BITMASK_S8, FC_BITMASK_S4):
         return (weight.shape[0],)
     return weight.shape if weight.view.kind == FC_DENSE_F32 else tuple(memoryview(weight.held[0]).shape)
 

@@ -363,6 +363,14 @@ static void gather_blocks(const fc_weight *w, int64_t row, const float *gradient
                (size_t)width * sizeof *to);
 }
 
+/* The same under a bitmask. */
+static void gather_bitmask(const fc_weight *w, int64_t row, const float *gradient, float *to) {
+    const uint8_t *bits = w->bitmask + row * ((w->k + 7) / 8);
+    int64_t at = w->row_starts[row];
+    for (int64_t i = 0; i < w->k; i++)
+        if (bits[i / 8] >> i % 8 & 1) to[at++] = gradient[i];
+}
+
 /* The gradient of a row's scale: the row's gradient against its codes, in pieces of fixed length. */
 static float dot_codes(const fc_weight *w, int64_t row, const float *gradient, const workspace *ws) {
     float sum = 0.0f;
@@ -408,6 +416,8 @@ void fc_linear_grad_weight(const void *args, int rank, int size) {
             const float *gradient = ws.sink + (i - row) * w->k;
             if (w->kind == FC_BLOCKS_F32)
                 gather_blocks(w, i, gradient, g->to);
+            else if (w->kind == FC_BITMASK_F32)
+                gather_bitmask(w, i, gradient, g->to);
             else
                 g->to[i] = dot_codes(w, i, gradient, &ws);
         }

@@ -88,9 +88,9 @@ void fc_quantize_blocks(const void *args, int rank, int size) {
 }
 
 /* Scale, inverse and zero point of a row from low <= 0 to high >= 0, as quant.h says. */
-static float choose_scale(float low, float high, fc_panel_layout layout, float *inverse, int32_t *zero) {
+static float choose_scale(float low, float high, int symmetric, float *inverse, int32_t *zero) {
     *zero = 128;
-    if (layout == FC_PANEL_LANES) return row_scale(largest(low, high), 127.0f, inverse);
+    if (symmetric) return row_scale(largest(low, high), 127.0f, inverse);
     const float scale = row_scale(0.5f * high - 0.5f * low, 127.5f, inverse);
     if (*inverse != 0.0f) *zero = (int32_t)__builtin_rintf(-low * *inverse);
     return scale;
@@ -118,7 +118,8 @@ static void quantize_strip(const fc_quantize_activations_args *a, int64_t first,
     } else {
         for (int64_t r = 0; r < count; r++) fc_kernels.range_f32(x + r * a->k, a->k, &low[r], &high[r]);
     }
-    for (int64_t r = 0; r < count; r++) a->scales[first + r] = choose_scale(low[r], high[r], a->layout, &inverse[r], &zeros[r]);
+    const int symmetric = a->symmetric || a->layout == FC_PANEL_LANES;
+    for (int64_t r = 0; r < count; r++) a->scales[first + r] = choose_scale(low[r], high[r], symmetric, &inverse[r], &zeros[r]);
     if (a->zeros) memcpy(a->zeros + first, zeros, (size_t)count * sizeof *zeros);
     if (a->x_lanes)
         fc_kernels.quantize_lanes_f32_u8(x, a->m, count, a->k, inverse, zeros, out, out_stride);
@@ -150,7 +151,7 @@ static int64_t panels_of(int64_t n) { return (n + FC_INT8_COLUMNS - 1) / FC_INT8
 
 /* Weights stream from memory once per product: on huge pages the hardware prefetcher runs ahead undisturbed, on small ones it
  * stops every 4 KiB (half the bandwidth at m = 1). The last, partial huge page stays small. */
-static void *allocate_panels(int64_t nbytes) {
+void *fc_allocate_panels(int64_t nbytes) {
 #ifdef MADV_HUGEPAGE
     const int64_t huge = 2 << 20;
     void *memory;
@@ -160,7 +161,7 @@ static void *allocate_panels(int64_t nbytes) {
         return memory;
     }
 #endif
-    return aligned_alloc(64, (size_t)(nbytes ? nbytes : 64)); /* a multiple of 64: panels have 32 columns */
+    return aligned_alloc(64, (size_t)(nbytes ? nbytes : 64)); /* a multiple of 64 */
 }
 
 static int64_t packed_codes_nbytes(int64_t n, int64_t k) { return panels_of(n) * FC_INT8_COLUMNS * ((k + 3) / 4) * 4; }
@@ -171,7 +172,7 @@ int64_t fc_packed_int8_nbytes(int64_t n, int64_t k) {
 
 fc_status fc_packed_int8_init(fc_packed_int8 *packed, int64_t n, int64_t k) {
     const int64_t codes = packed_codes_nbytes(n, k), nbytes = fc_packed_int8_nbytes(n, k);
-    void *memory = allocate_panels(nbytes);
+    void *memory = fc_allocate_panels(nbytes);
     if (!memory) return FC_NO_MEMORY;
     *packed = (fc_packed_int8){n, k, nbytes, memory, (int32_t *)((char *)memory + codes)};
     return FC_OK;
@@ -182,14 +183,35 @@ void fc_packed_int8_free(fc_packed_int8 *packed) {
     *packed = (fc_packed_int8){0};
 }
 
-static void pack_column(const int8_t *row, int64_t k, int8_t *out, int32_t *minus_sum) {
+static int32_t minus_sum_of(const int8_t *codes, int64_t count) {
     uint32_t sum = 0;
-    for (int64_t i = 0; i < k; i++) sum += (uint32_t)row[i];
-    *minus_sum = (int32_t)-sum;
-    for (int64_t i = 0; i < (k + 3) / 4; i++, out += FC_INT8_COLUMNS * 4) {
-        memset(out, 0, 4);
-        memcpy(out, row + i * 4, (size_t)smaller(4, k - i * 4));
+    for (int64_t i = 0; i < count; i++) sum += (uint32_t)codes[i];
+    return (int32_t)-sum;
+}
+
+static int32_t pack_row(const int8_t *row, int64_t k, int8_t *out) {
+    for (int64_t i = 0; i < (k + 3) / 4; i++) memcpy(out + i * FC_INT8_COLUMNS * 4, row + i * 4, (size_t)smaller(4, k - i * 4));
+    return minus_sum_of(row, k);
+}
+
+static int32_t pack_row_of_blocks(const fc_weight *w, int64_t row, int8_t *out) {
+    const int64_t rows = w->block_rows, columns = w->block_cols;
+    int32_t sum = 0;
+    for (int64_t b = w->row_offsets[row / rows]; b < w->row_offsets[row / rows + 1]; b++) {
+        const int8_t *codes = (const int8_t *)w->values + (b * rows + row % rows) * columns;
+        for (int64_t j = 0, at = w->index[b] * columns; j < columns; j++, at++)
+            out[at / 4 * FC_INT8_COLUMNS * 4 + at % 4] = codes[j];
+        sum += minus_sum_of(codes, columns);
     }
+    return sum;
+}
+
+static int32_t pack_row_of_bitmask(const fc_weight *w, int64_t row, int8_t *out) {
+    const uint8_t *bits = w->bitmask + row * ((w->k + 7) / 8);
+    const int8_t *codes = (const int8_t *)w->values + w->row_starts[row], *next = codes;
+    for (int64_t i = 0; i < w->k; i++)
+        if (bits[i / 8] >> i % 8 & 1) out[i / 4 * FC_INT8_COLUMNS * 4 + i % 4] = *next++;
+    return minus_sum_of(codes, next - codes);
 }
 
 void fc_pack_int8(const void *args, int rank, int size) {
@@ -200,13 +222,15 @@ void fc_pack_int8(const void *args, int rank, int size) {
     fc_partition(panels_of(p->n) * FC_INT8_COLUMNS, FC_INT8_COLUMNS, rank, size, &begin, &end);
     for (int64_t column = begin; column < end; column++) {
         int8_t *out = p->panels + (column / FC_INT8_COLUMNS * k4 * FC_INT8_COLUMNS + column % FC_INT8_COLUMNS) * 4;
-        const int inside = column < p->n;
-        if (inside) {
-            pack_column(a->codes + column * p->k, p->k, out, &p->minus_sum[column]);
-        } else {
+        for (int64_t i = 0; i < k4; i++) memset(out + i * FC_INT8_COLUMNS * 4, 0, 4);
+        if (column >= p->n)
             p->minus_sum[column] = 0;
-            for (int64_t i = 0; i < k4; i++) memset(out + i * FC_INT8_COLUMNS * 4, 0, 4);
-        }
+        else if (a->weight.kind == FC_BLOCKS_S8)
+            p->minus_sum[column] = pack_row_of_blocks(&a->weight, column, out);
+        else if (a->weight.kind == FC_BITMASK_S8)
+            p->minus_sum[column] = pack_row_of_bitmask(&a->weight, column, out);
+        else
+            p->minus_sum[column] = pack_row((const int8_t *)a->weight.values + column * p->k, p->k, out);
     }
 }
 

@@ -127,10 +127,14 @@ typedef struct fc_quantize_activations_args {
     uint8_t *codes; /* fc_codes_nbytes(m, k, layout) */
     float *scales;  /* [m] */
     int32_t *zeros; /* [m], or NULL in layout "lanes", where all are 128 */
+    int symmetric;  /* quantise rows as layout "lanes" does, whatever the layout */
     float scale;    /* a static one, or 0 to take each row's own */
     int zero_point; /* of the static scale */
 } fc_quantize_activations_args;
 void fc_quantize_activations(const void *args, int rank, int size);
+
+/* Memory for a packed weight, 64-byte aligned, to be freed with free(); nbytes is a multiple of 64. NULL if there is none. */
+FC_HIDDEN void *fc_allocate_panels(int64_t nbytes);
 
 /* A weight in the order the tiles read it, the same on every instruction set. */
 typedef struct fc_packed_int8 {
@@ -145,7 +149,7 @@ fc_status fc_packed_int8_init(fc_packed_int8 *packed, int64_t n, int64_t k);
 void fc_packed_int8_free(fc_packed_int8 *packed);
 
 typedef struct fc_pack_int8_args {
-    const int8_t *codes; /* [n, k] */
+    fc_weight weight; /* int8 of any form; what it does not store is 0 */
     const fc_packed_int8 *packed;
 } fc_pack_int8_args;
 void fc_pack_int8(const void *args, int rank, int size);

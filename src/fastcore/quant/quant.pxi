@@ -21,12 +21,13 @@ cdef extern from "quant/quant.h" nogil:
         uint8_t *codes
         float *scales
         int32_t *zeros
+        int symmetric
         float scale
         int zero_point
     ctypedef struct fc_packed_int8:
         int64_t n, k, nbytes
     ctypedef struct fc_pack_int8_args:
-        const int8_t *codes
+        fc_weight weight
         const fc_packed_int8 *packed
     ctypedef struct fc_linear_int8_args:
         const uint8_t *codes
@@ -116,13 +117,14 @@ cdef int check_static(float scale, int zero_point, str layout) except -1:
 
 
 def quantize_activations(
-    Program program not None, x, bint lanes, str layout, codes, scales, zeros=None, scale=None, int zero_point=128
+    Program program not None, x, bint lanes, str layout, codes, scales, zeros=None, scale=None, int zero_point=128,
+    bint symmetric=False,
 ):
     """Append: quantise float32 x per row m (rows [M, K], or lanes [K, M] if `lanes`): a uint8 panel, scales[M], int32 zeros[M].
 
     A code stands for (code - zero) * scale. Layout "tile" spreads the 256 codes from min(0, min x) to max(0, max x); layout
-    "lanes" is symmetric, has 128 for all zeros and needs no `zeros`. A row of zeros (or below 2^-119) has scale 1; a row with a
-    value that is not finite has scale NaN, and so has every output computed from it.
+    "lanes" is symmetric, has 128 for all zeros and needs no `zeros`; with `symmetric` "tile" has these codes too. A row of zeros
+    (or below 2^-119) has scale 1; a row with a value that is not finite has scale NaN, and so has every output computed from it.
 
     With a static `scale`, codes = clip(round half even(x / scale) + zero_point, 0, 255), and all scales and zeros are these; NaN
     counts as 0.
@@ -137,6 +139,7 @@ def quantize_activations(
     if zeros is None and layout == "tile":
         raise ValueError("layout tile needs zeros")
     args.zeros = <int32_t *>optional_pointer(zeros, "zeros", "i", (args.m,), True)
+    args.symmetric = symmetric
     args.scale, args.zero_point = 0.0, zero_point
     if scale is not None:
         check_static(scale, zero_point, layout)
@@ -159,15 +162,15 @@ cdef class PackedInt8:
 
 
 def pack_int8(Weight weight not None, int threads=1):
-    """Return the PackedInt8 of a dense int8 Weight."""
+    """Return the PackedInt8 of an int8 Weight of any form."""
     cdef PackedInt8 result = PackedInt8()
     cdef fc_pack_int8_args args
-    if weight.view.kind != FC_DENSE_S8:
-        raise TypeError("pack_int8 takes a dense int8 Weight with scales")
+    if weight.view.kind not in (FC_DENSE_S8, FC_BLOCKS_S8, FC_BITMASK_S8):
+        raise TypeError("pack_int8 takes an int8 Weight with scales")
     check_depth(weight.view.k, "tile")
     check(fc_packed_int8_init(&result.packed, weight.view.n, weight.view.k))
     result.shape, result.nbytes = weight.shape, result.packed.nbytes
-    args.codes = <const int8_t *>weight.view.values
+    args.weight = weight.view
     args.packed = &result.packed
     run_now(fc_pack_int8, &args, threads)
     return result

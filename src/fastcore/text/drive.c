@@ -48,6 +48,8 @@ void fc_text_gather(const void *args, int rank, int size) {
         const int64_t o = row / g->count, place = place_of(&g->indices, row % g->count, g->places);
         if (place < 0)
             fill_nan(g->out + row * g->inner, g->inner);
+        else if (g->table)
+            fc_kernels.expand_u4_f32(g->table, place, 0, g->out + row * g->inner);
         else
             copy(g->out + row * g->inner, g->data + (o * g->places + place) * g->inner, g->inner);
     }
@@ -85,11 +87,12 @@ void fc_text_lookups(const void *args, int rank, int size) {
                 fill_nan(out, a->n);
                 break;
             }
-            const float *from = a->data[t] + place * a->n;
-            if (t == 0)
-                copy(out, from, a->n);
+            if (a->packed[t])
+                fc_kernels.expand_u4_f32(a->packed[t], place, t > 0, out);
+            else if (t == 0)
+                copy(out, a->data[t] + place * a->n, a->n);
             else
-                fc_kernels.add_f32(out, from, a->n, out);
+                fc_kernels.add_f32(out, a->data[t] + place * a->n, a->n, out);
         }
     }
 }

@@ -1,6 +1,6 @@
 /* What text encoders need beside products and attention: rows of tables by index, and one vector for each sequence.
  *
- * All arrays are float32, contiguous and of any alignment. Sums along a row run in 16 lanes on every ISA and fold in one tree,
+ * All arrays are float32, contiguous and of any alignment; tables may be int4, of which the rows asked for are expanded. Sums along a row run in 16 lanes on every ISA and fold in one tree,
  * so that every slot is bit-equal across ISAs. Everything here is bound by memory.
  */
 #ifndef FC_TEXT_H
@@ -8,6 +8,7 @@
 
 #include <stdint.h>
 
+#include "../int4/int4.h"
 #include "../nn/nn.h"
 #include "../status.h"
 
@@ -41,7 +42,8 @@ typedef struct fc_indices {
 typedef struct fc_gather {
     int64_t outer, places, inner, count;
     fc_indices indices;
-    const float *data; /* or dy [outer, count, inner] */
+    const float *data;           /* or dy [outer, count, inner] */
+    const fc_int4_weight *table; /* instead of data, or NULL: outer is 1 */
     float *out;        /* [outer, count, inner], or the gradient [outer, places, inner] */
 } fc_gather;
 void fc_text_gather(const void *args, int rank, int size);
@@ -54,6 +56,7 @@ typedef struct fc_lookups {
     int64_t places[FC_TABLES];
     fc_indices indices[FC_TABLES];
     const float *data[FC_TABLES];
+    const fc_int4_weight *packed[FC_TABLES]; /* instead of data, or NULL */
     float *out;
 } fc_lookups;
 void fc_text_lookups(const void *args, int rank, int size);

@@ -15,12 +15,14 @@ cdef extern from "text/text.h" nogil:
         int64_t outer, places, inner, count
         fc_indices indices
         const float *data
+        const fc_int4_weight *table
         float *out
     ctypedef struct fc_lookups:
         int64_t tables, count, n
         int64_t places[4]
         fc_indices indices[4]
         const float *data[4]
+        const fc_int4_weight *packed[4]
         float *out
     ctypedef struct fc_token_pool:
         fc_pooling mode
@@ -62,11 +64,18 @@ cdef int indices_of(fc_indices *indices, object array, int64_t count) except -1:
 
 
 def gather(Program program, data not None, indices not None, out not None):
-    """Append out[O,C,N] = data[O,P,N] by C indices along the middle axis; a row of NaN stands for an index outside of it."""
+    """Append out[O,C,N] = data[O,P,N] by C indices along the middle axis; a row of NaN stands for an index outside of it.
+
+    Data may be an Int4Weight [P,N], of which O is 1.
+    """
     cdef fc_gather g
     memset(&g, 0, sizeof(g))
-    g.data = <const float *>pointer(data, "data", "f", (None, None, None))
-    g.outer, g.places, g.inner = data.shape
+    if isinstance(data, Int4Weight):
+        g.table = &(<Int4Weight>data).view
+        g.outer, g.places, g.inner = 1, g.table.n, g.table.k
+    else:
+        g.data = <const float *>pointer(data, "data", "f", (None, None, None))
+        g.outer, g.places, g.inner = data.shape
     g.count = items(tuple(indices.shape))
     indices_of(&g.indices, indices, g.count)
     g.out = <float *>pointer(out, "out", "f", (g.outer, g.count, g.inner), True)
@@ -86,7 +95,10 @@ def gather_grad(Program program, dy not None, indices not None, grad not None):
 
 
 def lookups(Program program, out not None, *pairs):
-    """Append out[C,N] = the sum of rows of tables[P,N] by C indices each, given as table, indices, table, indices, ..."""
+    """Append out[C,N] = the sum of rows of tables[P,N] by C indices each, given as table, indices, table, indices, ...
+
+    A table may be an Int4Weight.
+    """
     cdef fc_lookups a
     cdef int t
     memset(&a, 0, sizeof(a))
@@ -97,8 +109,13 @@ def lookups(Program program, out not None, *pairs):
         raise ValueError(f"lookups take 1 to {FC_TABLES} tables, each with its indices")
     for t in range(a.tables):
         table, indices = pairs[2 * t], pairs[2 * t + 1]
-        a.data[t] = <const float *>pointer(table, "table", "f", (None, a.n))
         a.places[t] = table.shape[0]
+        if isinstance(table, Int4Weight):
+            a.packed[t] = &(<Int4Weight>table).view
+            if a.packed[t].k != a.n:
+                raise ValueError(f"table: expected rows of {a.n}, got {table.shape}")
+        else:
+            a.data[t] = <const float *>pointer(table, "table", "f", (None, a.n))
         indices_of(&a.indices[t], indices, a.count)
     program.add(fc_text_lookups, &a, sizeof(a), (out, pairs))
 

@@ -1,10 +1,11 @@
 """The registry of kernel cases: one file per family, one line here."""
 
-from kernels.cases import aggregate, attention, dense, nn, quant, sparse, text, vision
+from kernels.cases import aggregate, attention, bitmask, dense, nn, quant, sparse, text, vision
 
 CASES = [
     *aggregate.CASES,
     *attention.CASES,
+    *bitmask.CASES,
     *dense.CASES,
     *nn.CASES,
     *quant.CASES,

@@ -8,7 +8,7 @@ import numpy as np
 
 from gristmill.errors import FormatError
 from gristmill.ops import OWN, Node, TensorType
-from gristmill.tensor import Quantized, Sparse, Tensor, is_int8
+from gristmill.tensor import Bitmask, Quantized, Sparse, Tensor, is_int8
 from gristmill.tensor.parts import Array
 
 ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -145,7 +145,7 @@ def codes_of(tensor: Tensor) -> tuple[Array, Array]:
     """Return int8 codes [n, k] and float32 scales [n]."""
     if isinstance(tensor, Quantized):
         return tensor.codes, tensor.scale
-    assert isinstance(tensor, Sparse)
+    assert isinstance(tensor, (Sparse, Bitmask))
     assert tensor.scale is not None
     return np.rint(tensor.dense() / tensor.scale[:, None]).astype(np.int8), tensor.scale
 
