@@ -92,11 +92,12 @@ def test_kinds_hold_codes_and_scales_exactly(case):
 @pytest.mark.parametrize(
     ("case", "kinds"),
     {
-        "bitmask": ("sparse", "sparse"), "paired_bf16": ("sparse", "sparse"), "bitmask_int8": ("quantized", "sparse"),
-        "paired_int8": ("quantized", "quantized"), "bitmask_int8_asymmetric": ("dense", "dense"),
+        "bitmask": ("bitmask", "bitmask"), "paired_bf16": ("bitmask", "bitmask"), "bitmask_int8": ("bitmask", "bitmask"),
+        "paired_int8": ("quantized", "bitmask"), "bitmask_int8_asymmetric": ("dense", "dense"),
         "int8": ("quantized", "quantized"), "int8_tensor": ("quantized", "quantized"), "int8_group": ("dense", "dense"),
         "int4_in_int8": ("quantized", "quantized"), "naive": ("quantized", "quantized"), "fp8": ("dense", "dense"),
-        "pack4_channel": ("quantized", "quantized"), "pack4_asymmetric": ("dense", "dense"), "pack8": ("dense", "dense"),
+        "pack4": ("int4", "int4"), "pack4_bf16": ("int4", "int4"), "pack4_channel": ("int4", "int4"),
+        "pack4_order": ("dense", "dense"), "pack4_asymmetric": ("dense", "dense"), "pack8": ("dense", "dense"),
     }.items(),
 )  # fmt: skip
 def test_kinds(case, kinds):
@@ -111,6 +112,28 @@ def test_codes_of_int8_are_taken_over():
     np.testing.assert_array_equal(tensor.codes, arrays["first.weight"])
     np.testing.assert_array_equal(tensor.scale, arrays["first.weight_scale"][:, 0])
     assert tensor.codes.min() == -128
+
+
+def test_words_of_int4_are_taken_over():
+    arrays, _ = read_container(map_file(GOLDEN / "pack4_f16" / "model.safetensors"), aligned=False)
+    tensor = read(GOLDEN / "pack4_f16").stored["first.weight"].tensor()
+    np.testing.assert_array_equal(tensor.words, arrays["first.weight_packed"])
+    np.testing.assert_array_equal(tensor.scale, arrays["first.weight_scale"])
+    assert (tensor.group, tensor.scale.dtype) == (8, np.float16)
+
+
+def test_int8_values_of_four_bits_in_groups_are_packed():
+    codes = np.random.default_rng(0).integers(-8, 8, (3, 24)).astype(np.int8)
+    scale = np.array([[1, 2, -0.5]] * 3, np.float32)
+    config = config_of({"num_bits": 4, "strategy": "group", "group_size": 8}, "int-quantized")
+    arrays = {"a.weight": codes, "a.weight_scale": scale}
+    tensor = assemble(arrays, read_scheme(config))["a.weight"].tensor()
+    assert tensor.kind == "int4"
+    np.testing.assert_array_equal(tensor.dense(), codes * np.repeat(scale, 8, 1))
+    arrays["a.weight"] = with_element(codes, (0, 0), 8)
+    weight = assemble(arrays, read_scheme(config))["a.weight"]
+    assert weight.obstacle == "several scales in a row"
+    assert weight.tensor().dense()[0, 0] == 8
 
 
 def test_float8_codes():
@@ -218,11 +241,33 @@ def test_an_int8_encoder_runs_with_its_codes(tmp_path, level):
     np.testing.assert_array_equal(again.codes, tensor.codes)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_encoder_with_tables_of_integers_runs(tmp_path, bits):
+    weights = {"num_bits": bits, "strategy": "channel"}
+    config = config_of(weights, "pack-quantized")
+    config["quantization_config"]["config_groups"]["group_0"]["targets"] = ["Linear", "Embedding"]
+    rng, stored, dense = np.random.default_rng(4), {}, {}
+    for name, array in tensors_of(SHAPE).items():
+        if array.ndim == 1:
+            stored[name] = dense[name] = array
+            continue
+        codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), array.shape).astype(np.int8)
+        scale = rng.uniform(0.5, 1, (len(array), 1)).astype(np.float32) / np.float32(2**bits)
+        stored |= {f"{name}_packed": packed(codes, bits), f"{name}_scale": scale, f"{name}_shape": np.array(codes.shape)}
+        dense[name] = codes * scale
+    model = gm.load(write(tmp_path / "m", config, stored))
+    kinds = {model.tensors[f"{name}.weight"].kind for name in ("embeddings.word_embeddings", LAYER)}
+    assert kinds == {"int4" if bits == 4 else "quantized"}
+    same_outputs(model, dense, 0.15)
+    gm.save(model, tmp_path / "m.safetensors")
+    np.testing.assert_array_equal(outputs(gm.load(tmp_path / "m.safetensors")), outputs(model))
+
+
 @pytest.mark.parametrize(("by_tensor", "paired"), [(False, False), (True, False), (False, True)])
 def test_a_sparse_encoder_runs(tmp_path, by_tensor, paired):
     folder, dense = float_folder(tmp_path / "m", by_tensor, paired)
     model = gm.load(folder)
-    assert model.tensors[f"{LAYER}.weight"].kind == "sparse"
+    assert model.tensors[f"{LAYER}.weight"].kind == "bitmask"
     np.testing.assert_array_equal(model.tensors[f"{LAYER}.weight"].dense(), dense[f"{LAYER}.weight"])
     assert model.tensors[f"{LAYER}.weight"].sparsity > 0.4
     same_outputs(model, dense, 2e-5)
@@ -235,8 +280,7 @@ def test_sparse_int8_with_the_lowest_code_multiplies_exactly(level):
     codes[2, 8:12] = -128
     arrays = {**masked("a", codes), "a.weight_scale": np.full((5, 1), 0.5, np.float32)}
     tensor = assemble(arrays, read_scheme(config_of({"num_bits": 8, "strategy": "channel"})))["a.weight"].tensor()
-    assert tensor.kind == "sparse"
-    assert tensor.block == (1, 4)
+    assert (tensor.kind, tensor.precision) == ("bitmask", "int8")
     np.testing.assert_array_equal(tensor.dense(), codes * np.float32(0.5))
     x = np.zeros((3, 32), np.float32)
     x[:, 8:12] = np.array([[127], [-127], [64]], np.float32)
@@ -259,7 +303,7 @@ def test_inspect_shows_the_compression(tmp_path):
     assert shown.exit_code == 0, shown.output
     facts = json.loads(shown.output)
     assert facts["meta"]["source"]["compression"]["sparsity"] == "sparse-bitmask"
-    assert {row["kind"] for row in facts["tensors"]} == {"dense", "sparse float32 1x1"}
+    assert {row["kind"] for row in facts["tensors"]} == {"dense", "bitmask float32"}
 
 
 def test_older_places_of_the_configuration(tmp_path):

@@ -50,9 +50,7 @@ class Pass:
         return {"pass": type(self).__name__, **settings}
 
 
-def targets(
-    model: Model, patterns: Sequence[str], skip: Sequence[str], among: Sequence[str] | None = None
-) -> list[str]:
+def targets(model: Model, patterns: Sequence[str], skip: Sequence[str], among: Sequence[str] | None = None) -> list[str]:
     """Return the weights of Linear nodes whose names match `patterns` (shell style; none for all) and not `skip`.
 
     `among` names other tensors to choose from.

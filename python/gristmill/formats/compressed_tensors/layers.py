@@ -169,7 +169,7 @@ def _scales(name: str, codes: Codes, arguments: Arguments, loose: dict[str, Arra
         raise FormatError(f"tensor '{name}' is quantised but '{name}_scale' is missing")
     if scale.dtype != BF16 and scale.dtype.type not in FLOATS:
         raise FormatError(f"tensor '{name}_scale' is {scale.dtype}; scales must be floats")
-    shape, row, column = _grid(name, n, k, arguments, order)
+    shape, row, column, group = _grid(name, n, k, arguments, order)
     by_tensor = arguments.strategy == "tensor" and scale.size == 1 and scale.ndim <= 2
     if scale.shape != shape and not by_tensor:
         raise FormatError(
@@ -180,38 +180,43 @@ def _scales(name: str, codes: Codes, arguments: Arguments, loose: dict[str, Arra
         raise FormatError(f"tensor '{name}_scale' holds scales that are not finite")
     if zero is None and not arguments.symmetric:
         raise FormatError(f"tensor '{name}' is not symmetric but '{name}_zero_point' is missing")
-    return Scales(scale, _zeros(name, zero, shape, arguments, codes), row, column)
+    return Scales(scale, _zeros(name, zero, shape, arguments, codes), row, column, group)
 
 
 def _grid(
     name: str, n: int, k: int, arguments: Arguments, order: Array | None
-) -> tuple[tuple[int, int], Array | None, Array | None]:
-    """Return the shape of the scales, and the row and the column of them for each row and column of the weight."""
+) -> tuple[tuple[int, int], Array | None, Array | None, int]:
+    """Return the shape of the scales, the row and the column of them for each row and column of the weight, and how many
+    columns after one another share one."""
     match arguments.strategy:
         case "tensor":
-            return (1, 1), None, None
+            return (1, 1), None, None, 0
         case "channel":
-            return (n, 1), np.arange(n), None
+            return (n, 1), np.arange(n), None, 0
         case "group":
-            if k % arguments.group:
-                raise FormatError(f"tensor '{name}' has {k} columns, which groups of {arguments.group} do not divide")
-            groups = k // arguments.group
-            column = None if groups == 1 else np.arange(k) // arguments.group
-            return (n, groups), np.arange(n), column if order is None else _ordered(name, order, groups, arguments.group, column)
-    rows, columns = arguments.block
+            rows, columns = 1, arguments.group
+            if k % columns:
+                raise FormatError(f"tensor '{name}' has {k} columns, which groups of {columns} do not divide")
+        case _:
+            rows, columns = arguments.block
     shape = (-(-n // rows), -(-k // columns))
-    return shape, np.arange(n) // rows, np.arange(k) // columns if shape[1] > 1 else None
+    row = np.arange(n) // rows
+    if shape[1] == 1:
+        return shape, row, None, 0
+    column = np.arange(k) // columns
+    own = None if order is None or arguments.strategy != "group" else _ordered(name, order, shape[1], columns)
+    return (shape, row, column, columns) if own is None else (shape, row, own, 0)
 
 
-def _ordered(name: str, order: Array, groups: int, size: int, column: Array | None) -> Array | None:
-    """Return the group of each column as `weight_g_idx` has it; -1 in it stands for no order of its own."""
+def _ordered(name: str, order: Array, groups: int, size: int) -> Array | None:
+    """Return the group of each column as `weight_g_idx` has it; None where a -1 in it stands for the usual order."""
     if order.dtype not in (np.int32, np.int64) or order.shape != (groups * size,):
         raise FormatError(f"tensor '{name}_g_idx' is {order.dtype} {list(order.shape)} but must have a group for each column")
     if (order == -1).any():
-        return column
+        return None
     if order.min() < 0 or order.max() >= groups or (np.bincount(order, minlength=groups) != size).any():
         raise FormatError(f"tensor '{name}_g_idx' does not give each of {groups} groups {size} columns")
-    return column if column is None else order.astype(np.int64)
+    return None if (order[:-1] <= order[1:]).all() else order.astype(np.int64)
 
 
 def _zeros(name: str, zero: Array | None, shape: tuple[int, int], arguments: Arguments, codes: Codes) -> Array | None:

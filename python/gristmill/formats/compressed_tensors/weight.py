@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gristmill.formats.compressed_tensors.codes import Codes, Masked, numbers
+from gristmill.formats.compressed_tensors.codes import Codes, Masked, Packed, numbers
 from gristmill.formats.folder import BF16
-from gristmill.tensor import BFloat16, Dense, Quantized, Sparse, Tensor
+from gristmill.tensor import BFloat16, Bitmask, Dense, Int4, Quantized, Tensor
+from gristmill.tensor.int4 import LARGEST_GROUP
 from gristmill.tensor.parts import WIDEST, Array
 
 CHUNK = 1 << 20  # elements that are unpacked at a time
@@ -22,12 +23,14 @@ class Scales:
         zero: integers [a, b], or None.
         row: the row of `scale` of each row of the weight, or None where there is one for all.
         column: the column of `scale` of each column of the weight, or None where there is one for all.
+        group: how many columns after one another share a column of `scale`; 0 where all do, or where they are in another order.
     """
 
     scale: Array
     zero: Array | None
     row: Array | None
     column: Array | None
+    group: int
 
     @property
     def by_row(self) -> bool:
@@ -94,34 +97,40 @@ class Weight:
             return "no matrices"
         if self.scales is None:
             return None if isinstance(self.codes, Masked) else "float codes"
-        if self.scales.zero is not None:
-            return "zero points"
-        if self.scales.column is not None:
-            return "several scales in a row"
         if not self.codes.whole:
             return "float codes"
-        scale = self.scales.of_rows(self.shape[0])
-        if not (np.isfinite(scale) & (scale > 0)).all():
+        if self.scales.zero is not None:
+            return "zero points"
+        scale = numbers(self.scales.scale)
+        if not np.isfinite(scale).all() or not (scale > 0 if self.scales.by_row else scale != 0).all():
             return "scales that are not positive"
-        return None if self.shape[1] <= WIDEST else "very long rows"
+        if self.shape[1] > WIDEST:
+            return "very long rows"
+        if self.scales.by_row:
+            return None
+        fits = not isinstance(self.codes, Masked) and 0 < self.scales.group <= LARGEST_GROUP and self.scales.group % 8 == 0
+        return None if fits and self._nibbles() is not None else "several scales in a row"
 
     def tensor(self) -> Tensor:
-        """Return the weight as the kind of tensor that holds it exactly in the fewest bytes.
+        """Return the weight as a kind of tensor that holds it exactly.
 
-        Codes and scales of int8 kinds are those of the file, and their products are not rounded to the type of the scales.
+        Codes and scales of kinds that have them are those of the file, and their products are not rounded to the type of the
+        scales. A bitmask stays one where that is smaller.
         """
         if self.obstacle is not None:
             return Dense(self.values())
-        masked = self.codes if isinstance(self.codes, Masked) else None
         if self.scales is None:
-            assert masked is not None
-            return self._sparse(masked, numbers(masked.values).astype(np.float32), {})
+            assert isinstance(self.codes, Masked)
+            return self._bitmask(self.codes, numbers(self.codes.values).astype(np.float32), {})
+        packed = isinstance(self.codes, Packed) and self.codes.bits == 4
+        if packed or not self.scales.by_row:
+            return self._int4()
         scale = self.scales.of_rows(self.shape[0])
         quantized = Quantized(self._integers(), scale)
-        if masked is None or self.shape[1] % 4:  # there are no int8 kernels for single elements
+        if not isinstance(self.codes, Masked):
             return quantized
-        sparse = self._sparse(masked, numbers(masked.values), {"_scale": scale[:, None]}).reblocked(4)
-        return sparse if sparse.nbytes < quantized.nbytes else quantized
+        bitmask = self._bitmask(self.codes, numbers(self.codes.values), {"_scale": scale[:, None]})
+        return bitmask if bitmask.nbytes < quantized.nbytes else quantized
 
     def _integers(self) -> Array:
         n, k = self.codes.shape
@@ -130,9 +139,38 @@ class Weight:
             codes[begin:end] = self.codes.rows(begin, end)
         return codes
 
-    def _sparse(self, masked: Masked, values: Array, scale: dict[str, Array]) -> Sparse:
-        spec = {"shape": list(self.shape), "block": [1, 1], "dtype": values.dtype.name}
-        return Sparse.from_parts(spec, {"_bitmask": masked.mask, "_values": values, **scale})
+    def _bitmask(self, masked: Masked, values: Array, scale: dict[str, Array]) -> Bitmask:
+        spec = {"shape": list(self.shape), "dtype": values.dtype.name}
+        parts = {"_bitmask": masked.mask, "_compressed": values, "_row_offsets": masked.begins[:-1]}
+        return Bitmask.from_parts(spec, {**parts, "_shape": np.array(self.shape, np.int64), **scale})
+
+    def _int4(self) -> Int4:
+        assert self.scales is not None
+        n, k = self.codes.shape
+        group = self.scales.group or -(-k // 8) * 8
+        groups = -(-k // group)
+        scale = numbers(self.scales.scale)
+        scale = scale if scale.dtype == np.float16 else scale.astype(np.float32)
+        scale = np.broadcast_to(scale if self.scales.row is None else scale[self.scales.row], (n, groups))
+        words = self._nibbles()
+        assert words is not None
+        parts = {"_packed": words, "_scale": np.ascontiguousarray(scale), "_shape": np.array(self.shape, np.int64)}
+        return Int4.from_parts({"shape": [n, k], "group": group}, parts)
+
+    def _nibbles(self) -> Array | None:
+        """Return codes as int32 words of eight; None where they do not fit four bits."""
+        if isinstance(self.codes, Packed) and self.codes.bits == 4:
+            return np.ascontiguousarray(self.codes.words, np.int32)
+        n, k = self.codes.shape
+        words = np.empty((n, -(-k // 8)), np.int32)
+        for begin, end in _chunks(n, k):
+            codes = self.codes.rows(begin, end)
+            if codes.min() < -8 or codes.max() > 7:
+                return None
+            raised = np.zeros((end - begin, words.shape[1] * 8), np.uint8)
+            raised[:, :k] = codes + 8
+            words[begin:end] = (raised[:, ::2] | raised[:, 1::2] << 4).view("<i4")
+        return words
 
 
 def _chunks(n: int, k: int) -> Iterator[tuple[int, int]]:
