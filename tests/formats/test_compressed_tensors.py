@@ -504,9 +504,10 @@ DAMAGE = {
     "integers without scales": ("bitmask", "a.compressed", lambda a: a.astype(np.int8), "'a.weight_scale' is missing"),
     "mask of int8": ("bitmask", "a.bitmask", lambda a: a.view(np.int8), "takes uint8"),
     "narrow mask": ("bitmask", "a.bitmask", lambda a: a[:, :1].copy(), "takes uint8"),
-    "huge shape": ("bitmask", "a.shape", lambda a: np.array([2**31 - 1, 2**31 - 1]), "takes uint8"),
+    "huge shape": ("bitmask", "a.shape", lambda a: np.array([2**31 - 1, 2**22]), "takes uint8"),
+    "wide shape": ("bitmask", "a.shape", lambda a: np.array([6, 2**22 + 1]), "rows of more than"),
     "shape beyond all": ("bitmask", "a.shape", lambda a: np.array([2**40, 16]), "positive sizes"),
-    "shape of a product too large": ("bitmask", "a.shape", lambda a: np.full(3, 2**31 - 1), "too large"),
+    "shape of a product too large": ("bitmask", "a.shape", lambda a: np.array([2**31 - 1, 2**31 - 1, 16]), "too large"),
     "negative shape": ("bitmask", "a.shape", lambda a: np.array([-6, 16]), "positive sizes"),
     "empty shape": ("bitmask", "a.shape", lambda a: np.array([0, 16]), "positive sizes"),
     "shape of floats": ("bitmask", "a.shape", lambda a: a.astype(np.float32), "positive sizes"),
@@ -532,7 +533,7 @@ DAMAGE = {
     "other rows": ("pack4", "a.weight_shape", lambda a: np.array([7, 16]), r"take \[7, 2\]"),
     "more columns": ("pack4", "a.weight_shape", lambda a: np.array([6, 24]), r"take \[6, 3\]"),
     "three dimensions": ("pack4", "a.weight_shape", lambda a: np.array([1, 6, 16]), "no matrices are not read"),
-    "huge packed shape": ("pack4", "a.weight_shape", lambda a: np.array([6, 2**31 - 1]), "take"),
+    "huge packed shape": ("pack4", "a.weight_shape", lambda a: np.array([6, 2**22]), "take"),
     "words of int64": ("pack4", "a.weight_packed", lambda a: a.astype(np.int64), "int32 matrix"),
     "flat words": ("pack4", "a.weight_packed", lambda a: a.reshape(-1), "int32 matrix"),
     "too many words": ("pack4", "a.weight_packed", lambda a: np.repeat(a, 2, 1), "take"),
@@ -668,6 +669,24 @@ def test_the_release_decides_how_words_are_filled():
     arrays["a.weight_shape"] = np.array([2, 70])
     with pytest.raises(FormatError, match=r"is `version` in config.json right"):
         assemble(arrays, read_scheme(config))
+
+
+def test_float_types_that_are_stored_plainly(tmp_path):
+    """BF16 and FP8 without scales, float64 scales, and what is no float."""
+    data = np.array([0x3FC0, 0xC000], "<u2").tobytes() + bytes([0x38, 0xB8]) + np.arange(3).tobytes()
+    entries = {"b": ("BF16", 2, 0, 4), "c": ("F8_E4M3", 2, 4, 6), "d": ("I64", 3, 6, 30)}
+    header = json.dumps(
+        {name: {"dtype": code, "shape": [size], "data_offsets": [a, b]} for name, (code, size, a, b) in entries.items()}
+    )
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + data)
+    found = read(path)
+    assert {name: found[name].tolist() for name in found} == {"b": [1.5, -2.0], "c": [1.0, -1.0], "d": [0, 1, 2]}
+    config, arrays = good("int8")
+    arrays["a.weight_scale"] = arrays["a.weight_scale"].astype(np.float64) / 3
+    weight = assemble(arrays, read_scheme(config))["a.weight"]
+    assert weight.obstacle == "float64 scales"
+    np.testing.assert_array_equal(weight.values(), (arrays["a.weight"] * arrays["a.weight_scale"]).astype(np.float32))
 
 
 def test_a_file_alone_has_its_sparse_weights_read(tmp_path):

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from gristmill.errors import FormatError
-from gristmill.formats.compressed_tensors.codes import DTYPES
+from gristmill.formats.compressed_tensors.codes import DTYPES, numbers
 from gristmill.formats.compressed_tensors.layers import assemble
 from gristmill.formats.compressed_tensors.scheme import Scheme, read_scheme
 from gristmill.formats.compressed_tensors.weight import Weight
 from gristmill.formats.container import map_file
 from gristmill.formats.container import read as read_container
-from gristmill.formats.folder import BF16, Folder, widened
+from gristmill.formats.folder import Folder, widened
 from gristmill.tensor.parts import Array
 
 __all__ = ["Tensors", "read"]
@@ -36,7 +36,7 @@ class Tensors(Mapping[str, Array]):
         found = self.stored[name]
         if isinstance(found, Weight):
             return found.values()
-        return widened(name, found) if found.dtype == BF16 or found.dtype.kind == "f" else found
+        return widened(name, found) if found.dtype.kind == "f" else numbers(found)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)

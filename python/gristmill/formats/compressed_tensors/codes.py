@@ -13,7 +13,7 @@ from gristmill.errors import FormatError
 from gristmill.formats.folder import ACCEPTED, BF16, widened
 from gristmill.tensor.parts import Array
 
-LARGEST = 2**31 - 1
+LARGEST, WIDEST = 2**31 - 1, 2**22  # of any dimension, and of the last one: rows are unpacked whole
 FP8 = np.dtype([("float8_e4m3", "u1")])  # a dtype that no other has
 DTYPES = {**ACCEPTED, "F8_E4M3": FP8}
 BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)  # how many a byte has
@@ -81,20 +81,27 @@ class Packed:
     def rows(self, begin: int, end: int) -> Array:
         """Return rows `begin` to `end` as int8 [rows, k]."""
         part = np.ascontiguousarray(self.words[begin:end], "<i4")
-        each = 32 if self.crossing else 32 // self.bits
-        together = self.bits if self.crossing else 1  # words that are a whole number of integers
-        spare = -part.shape[1] % together
-        if spare:
-            part = np.pad(part, ((0, 0), (0, spare)))
-        units = part.view(np.uint32).reshape(part.shape[0], -1, together).astype(np.uint64)
+        units = self._units(part)
+        each = (8 if units.dtype == np.uint8 else 32 * units.shape[2] if self.crossing else 32) // self.bits
+        kind, low = units.dtype.type, np.uint8(2 ** (self.bits - 1))
         codes = np.empty((part.shape[0], units.shape[1], each), np.int8)
         for i in range(each):
             word, bit = divmod(i * self.bits, 32)
-            value = units[:, :, word] >> np.uint64(bit)
+            value = units[:, :, word] >> kind(bit)
             if bit + self.bits > 32:
-                value |= units[:, :, word + 1] << np.uint64(32 - bit)
-            codes[:, :, i] = (value & np.uint64(2**self.bits - 1)).astype(np.int16) - 2 ** (self.bits - 1)
+                value |= units[:, :, word + 1] << kind(32 - bit)
+            codes[:, :, i] = ((value & kind(2**self.bits - 1)).astype(np.uint8) - low).view(np.int8)
         return codes.reshape(part.shape[0], -1)[:, : self.columns]
+
+    def _units(self, part: Array) -> Array:
+        """Return words as [rows, units, words of a unit], a unit a whole number of integers: bytes where it can be."""
+        rows = part.shape[0]
+        if 8 % self.bits == 0:
+            return part.view(np.uint8).reshape(rows, -1, 1)
+        together = self.bits if self.crossing else 1
+        spare = -part.shape[1] % together
+        part = np.pad(part, ((0, 0), (0, spare))) if spare else part
+        return part.view(np.uint32).reshape(rows, -1, together).astype(np.uint64)
 
 
 @dataclass(frozen=True)
@@ -215,6 +222,8 @@ def stored_shape(name: str, array: Array) -> tuple[int, ...]:
     column = array.ndim == 2 and array.shape[1:] == (1,)
     if not values or (array.ndim != 1 and not column) or not all(0 < value <= LARGEST for value in values):
         raise FormatError(f"tensor '{name}' is {_text(array)} but must hold one to eight positive sizes")
+    if values[-1] > WIDEST:
+        raise FormatError(f"tensor '{name}' holds {values}: rows of more than {WIDEST} elements are not read")
     if prod(values) >= 2**62:
         raise FormatError(f"tensor '{name}' holds sizes of a product that is too large: {values}")
     return tuple(values)

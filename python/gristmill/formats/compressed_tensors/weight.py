@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -39,22 +40,22 @@ class Scales:
 
     def spread(self, values: Array, begin: int, end: int) -> Array:
         """Return one of the arrays [a, b] as it broadcasts against rows `begin` to `end` of the weight."""
-        rows = values if self.row is None else values[self.row[begin:end]]
+        rows = numbers(values if self.row is None else values[self.row[begin:end]])
         return rows if self.column is None else rows[:, self.column]
 
     def of_rows(self, n: int) -> Array:
         """The scale of each row as float32 [n]."""
-        return np.ascontiguousarray(np.broadcast_to(self.spread(numbers(self.scale), 0, n), (n, 1))[:, 0], np.float32)
+        return np.ascontiguousarray(np.broadcast_to(self.spread(self.scale, 0, n), (n, 1))[:, 0], np.float32)
 
     def applied(self, codes: Array, begin: int, end: int) -> Array:
         """Return (codes - zero) * scale for rows `begin` to `end`, float32, rounded as torch rounds in the scale's type."""
-        scale = numbers(self.scale)
+        scale = self.spread(self.scale, begin, end)
         wide = codes.astype(np.float64 if scale.dtype == np.float64 else np.float32)
         if self.zero is not None:  # exact: all are whole numbers up to 256
             wide = wide - self.spread(self.zero, begin, end).astype(wide.dtype)
         with np.errstate(over="ignore", invalid="ignore"):
             # A product of two float16 or two bfloat16 is exact in float32, so this rounds once.
-            product = wide * self.spread(scale, begin, end).astype(wide.dtype)
+            product = wide * scale.astype(wide.dtype)
             if self.scale.dtype == BF16:
                 return BFloat16.from_dense(product).dense()
             return product.astype(np.float16).astype(np.float32) if scale.dtype == np.float16 else product.astype(np.float32)
@@ -90,7 +91,7 @@ class Weight:
                 made[begin:end] = codes if self.scales is None else self.scales.applied(codes, begin, end)
         return made.reshape(self.shape)
 
-    @property
+    @cached_property
     def obstacle(self) -> str | None:
         """What keeps every kind of tensor but Dense from holding the weight exactly; None if nothing does."""
         if len(self.shape) != 2:
@@ -102,7 +103,9 @@ class Weight:
         if self.scales.zero is not None:
             return "zero points"
         scale = numbers(self.scales.scale)
-        if not np.isfinite(scale).all() or not (scale > 0 if self.scales.by_row else scale != 0).all():
+        if scale.dtype == np.float64:
+            return "float64 scales"
+        if not (scale > 0 if self.scales.by_row else scale != 0).all():
             return "scales that are not positive"
         if self.shape[1] > WIDEST:
             return "very long rows"
