@@ -350,7 +350,7 @@ def test_packed_integers_of_every_width(bits, n, groups, size, crossing, seed):
     }  # fmt: skip
     wanted = (codes.astype(np.float32) - np.repeat(zeros, size, 1)) * np.repeat(scale, size, 1)
     np.testing.assert_array_equal(assemble(arrays, read_scheme(config))["a.weight"].values(), wanted)
-    arrays["a.weight_zero_point"] = zeros  # as releases before 0.10 had it
+    arrays["a.weight_zero_point"] = zeros  # as releases up to 0.9.0 had it
     np.testing.assert_array_equal(assemble(arrays, read_scheme(config))["a.weight"].values(), wanted)
 
 

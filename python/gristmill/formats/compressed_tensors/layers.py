@@ -225,7 +225,7 @@ def _zeros(name: str, zero: Array | None, shape: tuple[int, int], arguments: Arg
         return None
     at = f"{name}_zero_point"
     if isinstance(codes, Packed) and zero.dtype == np.int32 and arguments.strategy in ("channel", "group"):
-        # Packed down the rows; releases before 0.10 kept them as int8, which the shape below fits.
+        # Packed down the rows; releases up to 0.9.0 kept them as int8, which the shape below fits.
         zero = packed(at, zero.T, codes.bits, (shape[1], shape[0]), codes.crossing).rows(0, shape[1]).T
     if zero.dtype == FP8:
         zero = numbers(zero)
