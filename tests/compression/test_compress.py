@@ -63,10 +63,10 @@ def test_prune_drops_exactly_the_smallest(model, pattern, scope):
     ("recipe", "kernel"),
     [
         ([gm.Prune(0.8)], "sparse_linear"),
-        ([gm.Prune(0.8, pattern="unstructured")], "sparse_linear"),
+        ([gm.Prune(0.8, pattern="unstructured")], "bitmask_linear"),
         ([gm.Quantize()], "linear_int8"),
         ([gm.Prune(0.8), gm.Quantize()], "sparse_linear_int8"),
-        ([gm.Prune(0.8, pattern="unstructured"), gm.Quantize()], "sparse_linear_int8"),
+        ([gm.Prune(0.8, pattern="unstructured"), gm.Quantize()], "bitmask_linear_int"),
     ],
 )
 def test_what_is_compressed_runs_on_its_kernel_and_is_smaller(model, recipe, kernel, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 
 from gristmill.model import Model
 from gristmill.ops import OWN, Node, TensorType
-from gristmill.tensor import Dense, Quantized, Sparse, Tensor
+from gristmill.tensor import Bitmask, Dense, Quantized, Sparse, Tensor
 
 F32 = np.dtype(np.float32)
 
@@ -18,11 +18,13 @@ def blocks(dtype: str = "float32") -> Sparse:
     return Sparse((8, 12), values, offsets, index, scale)
 
 
-def unstructured() -> Sparse:
+COLUMNS = (3, 0, 7, 2, 5, 6)  # of the elements of `unstructured`
+
+
+def unstructured() -> Bitmask:
     """A [5, 8] matrix with six elements."""
-    values = np.arange(1, 7, dtype=np.float32).reshape(6, 1, 1)
-    offsets, index = np.array([0, 1, 1, 3, 4, 6], np.int32), np.array([3, 0, 7, 2, 5, 6], np.int32)
-    return Sparse((5, 8), values, offsets, index)
+    bits = np.array([[0b1000], [0], [0b10000001], [0b100], [0b1100000]], np.uint8)
+    return Bitmask((5, 8), bits, np.arange(1, 7, dtype=np.float32), np.array([0, 1, 1, 3, 4, 6]))
 
 
 def quantized() -> Quantized:

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import gristmill as gm
-from formats.models import blocks, every_kind, unstructured
+from formats.models import COLUMNS, blocks, every_kind
 from gristmill.errors import FormatError
 from gristmill.formats import load, native, save
 from gristmill.formats.atomic import replacing
@@ -73,8 +73,8 @@ def test_any_safetensors_reader_reads_it(tmp_path):
     np.testing.assert_array_equal(arrays["b.weight_values"], blocks("int8").values)
     bits = np.unpackbits(arrays["c.weight_bitmask"], axis=1, bitorder="little")
     matrix = np.zeros((5, 8), np.float32)
-    matrix[bits.astype(bool)] = arrays["c.weight_values"]
-    np.testing.assert_array_equal(np.argwhere(matrix)[:, 1], unstructured().index)
+    matrix[bits.astype(bool)] = arrays["c.weight_compressed"]
+    np.testing.assert_array_equal(np.argwhere(matrix)[:, 1], COLUMNS)
 
 
 def test_bytes_are_the_same_in_every_process():

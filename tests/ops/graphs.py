@@ -6,7 +6,7 @@ import numpy as np
 
 from gristmill.model import Model
 from gristmill.ops import OWN, Node
-from gristmill.tensor import Dense, Quantized, Sparse, Tensor
+from gristmill.tensor import Bitmask, Dense, Int4, Quantized, Sparse, Tensor
 
 RNG_SEED = 7
 
@@ -59,6 +59,11 @@ def int8(tensor: Sparse) -> Sparse:
     codes = rng.integers(-127, 128, tensor.values.shape).astype(np.int8)
     scale = rng.uniform(0.005, 0.02, tensor.shape[0]).astype(np.float32)
     return Sparse(tensor.matrix_shape, codes, tensor.row_offsets, tensor.index, scale)
+
+
+def bitmask(tensor: Dense | Quantized | Int4) -> Bitmask:
+    """About four tenths of the elements of a matrix."""
+    return Bitmask.of(tensor, np.random.default_rng(RNG_SEED).random(tensor.shape) < 0.4)
 
 
 def quantized(n: int, k: int) -> Quantized:
@@ -212,4 +217,6 @@ GRAPHS = [
 INT8_GRAPHS = [
     linear("linear-int8", quantized(12, 20), m=9),
     linear("linear-sparse-int8", int8(sparse(12, 32, (1, 4))), m=19),
+    linear("linear-bitmask-int8", bitmask(quantized(19, 35)), m=3),
+    linear("linear-bitmask-int4", bitmask(Int4.from_dense(draw(19, 75).array, 32)), m=14),
 ]

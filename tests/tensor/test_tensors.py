@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gristmill import tensor
 from gristmill.errors import FormatError, ModelError
-from gristmill.tensor import BFloat16, Dense, Quantized, Sparse
+from gristmill.tensor import BFloat16, Bitmask, Dense, Quantized, Sparse
 
 
 def matrix(n, k, seed=0):
@@ -23,10 +23,10 @@ def mask(n, k, share=0.4, seed=1):
 def examples():
     dense = matrix(12, 32)
     blocks = Sparse.from_dense(dense, mask(12, 8), (1, 4))
-    elements = Sparse.from_dense(matrix(9, 21), mask(9, 21), (1, 1))
+    elements = Bitmask.from_dense(matrix(9, 21), mask(9, 21))
     return [
         Dense(dense), BFloat16.from_dense(dense), Quantized.from_dense(dense), blocks, blocks.quantized(),
-        elements, elements.quantized(),
+        elements, elements.quantized(), elements.quantized("int4", 8),
         Sparse.from_dense(dense, mask(6, 8), (2, 4)),
     ]  # fmt: skip
 

@@ -42,6 +42,6 @@ def from_parts(spec: dict[str, Any], parts: dict[str, Any]) -> Tensor:
     kind = spec.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         raise FormatError(f"unknown tensor kind {kind!r}; this version knows {', '.join(KINDS)}")
-    if kind == "sparse" and spec.get("block") == [1, 1]:  # what files had before bitmasks were a kind
+    if kind == "sparse" and "_bitmask" in parts:  # what files had before bitmasks were a kind
         return Bitmask.from_blocks_of_one(spec, parts)
     return KINDS[kind].from_parts(spec, parts)

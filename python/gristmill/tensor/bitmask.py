@@ -211,10 +211,10 @@ class Bitmask:
         bitmask, row_offsets = _checked_bits(parts, n, k)
         if take(parts, "_shape", np.int64, (2,)).tolist() != [n, k]:
             raise FormatError(f"part '_shape' is {parts['_shape'].tolist()}, the matrix is {[n, k]}")
+        values = _checked_values(parts, "_compressed", dtype, int(row_offsets[-1]), k)
         if not np.array_equal(take(parts, "_row_offsets", np.int64, (n,)), row_offsets[:-1]):
             raise FormatError("part '_row_offsets' does not count the bits of the bitmask row by row")
-        return cls((n, k), bitmask, _checked_values(parts, "_compressed", dtype, int(row_offsets[-1]), k), row_offsets,
-                   *_checked_scale(parts, dtype, group, n, k))  # fmt: skip
+        return cls((n, k), bitmask, values, row_offsets, *_checked_scale(parts, dtype, group, n, k))
 
     @classmethod
     def from_blocks_of_one(cls, spec: Mapping[str, Any], parts: Mapping[str, Array]) -> "Bitmask":

@@ -13,33 +13,60 @@ static void quantize_groups_f32_s8_avx512(const float *x, int64_t k, int64_t gro
     quantize_groups_body(x, k, group, rows, codes, scales, offsets);
 }
 
-FC_INLINE __m512 values_of_codes(float scale) {
-    const __m512 codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm512_mul_ps(codes, _mm512_set1_ps(scale));
+enum { LANES = 16, SCALES = 16 /* converted at a time */ };
+
+FC_INLINE __mmask16 first_lanes(int64_t count) { return count >= LANES ? 0xffff : (__mmask16)((1u << count) - 1); }
+
+/* Up to 16 scales from `at` on. */
+FC_INLINE __m512 load_scales(const fc_int4_weight *w, int64_t at, __mmask16 live) {
+    if (w->wide) return _mm512_maskz_loadu_ps(live, (const float *)w->scales + at);
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(live, (const uint16_t *)w->scales + at));
 }
 
-/* Sixteen values of two words, or of the one that is left. */
-FC_INLINE __m512 expand_words(const uint32_t *words, int64_t left, __m512 values) {
-    uint64_t both = words[0];
-    if (left > 8) both |= (uint64_t)words[1] << 32;
-    const __m128i bytes = _mm_cvtsi64_si128((int64_t)both), low = _mm_set1_epi8(15);
-    const __m128i codes = _mm_unpacklo_epi8(_mm_and_si128(bytes, low), _mm_and_si128(_mm_srli_epi16(bytes, 4), low));
-    return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes), values);
+/* `add` and `whole`, nothing to mask, are constants. Masked stores would not forward to the loads of the next table. */
+FC_INLINE void store_values(float *out, __m512 v, __mmask16 live, const int add, const int whole) {
+    if (add) v = _mm512_add_ps(whole ? _mm512_loadu_ps(out) : _mm512_maskz_loadu_ps(live, out), v);
+    if (whole)
+        _mm512_storeu_ps(out, v);
+    else
+        _mm512_mask_storeu_ps(out, live, v);
+}
+
+/* Up to 32 values of a group, whose codes pick theirs of `values`. */
+FC_INLINE void expand_words(const uint32_t *words, int64_t n, __m512 values, const int add, const int whole, float *out) {
+    const __m128i low = _mm_set1_epi8(15);
+    const __mmask8 inside = n > 24 ? 15 : (__mmask8)((1u << (n + 7) / 8) - 1);
+    const __m128i bytes = whole ? _mm_loadu_si128((const __m128i *)words) : _mm_maskz_loadu_epi32(inside, words);
+    const __m128i even = _mm_and_si128(bytes, low), odd = _mm_and_si128(_mm_srli_epi16(bytes, 4), low);
+    const __m512i first = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(even, odd));
+    const __m512i second = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(even, odd));
+    store_values(out, _mm512_permutexvar_ps(first, values), first_lanes(n), add, whole);
+    if (whole || n > LANES) store_values(out + LANES, _mm512_permutexvar_ps(second, values), first_lanes(n - LANES), add, whole);
+}
+
+FC_INLINE void expand_row(const fc_int4_weight *w, int64_t row, const int add, float *out) {
+    const __m512 codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const uint32_t *words = w->words + row * fc_int4_octets(w->k);
+    const int64_t groups = fc_int4_groups(w->k, w->group);
+    for (int64_t g = 0; g < groups; g += SCALES) {
+        const int64_t count = groups - g < SCALES ? groups - g : SCALES;
+        float scales[SCALES];
+        _mm512_storeu_ps(scales, load_scales(w, row * groups + g, first_lanes(count)));
+        for (int64_t i = 0; i < count; i++) {
+            const __m512 values = _mm512_mul_ps(codes, _mm512_set1_ps(scales[i]));
+            int64_t j = (g + i) * w->group;
+            const int64_t end = j + group_length(w->k, w->group, j);
+            for (; j + 2 * LANES <= end; j += 2 * LANES) expand_words(words + j / 8, 2 * LANES, values, add, 1, out + j);
+            if (j < end) expand_words(words + j / 8, end - j, values, add, 0, out + j);
+        }
+    }
 }
 
 static void expand_u4_f32_avx512(const fc_int4_weight *w, int64_t row, int add, float *out) {
-    const uint32_t *words = w->words + row * fc_int4_octets(w->k);
-    const int64_t groups = fc_int4_groups(w->k, w->group);
-    for (int64_t first = 0, g = row * groups; first < w->k; first += w->group, g++) {
-        const int64_t end = first + group_length(w->k, w->group, first);
-        const __m512 values = values_of_codes(fc_int4_scale(w->scales, w->wide, g));
-        for (int64_t j = first; j < end; j += 16) {
-            const __mmask16 live = end - j >= 16 ? 0xffff : (__mmask16)((1u << (end - j)) - 1);
-            __m512 v = expand_words(words + j / 8, end - j, values);
-            if (add) v = _mm512_add_ps(_mm512_maskz_loadu_ps(live, out + j), v);
-            _mm512_mask_storeu_ps(out + j, live, v);
-        }
-    }
+    if (add)
+        expand_row(w, row, 1, out);
+    else
+        expand_row(w, row, 0, out);
 }
 
 FC_TARGET_END
