@@ -182,7 +182,7 @@ CHANGES: dict[str, tuple[Callable[[File], None], str]] = {
     "row_offsets start late": (element("b.weight_row_offsets", 0, 1), "sparse index"),
     "row_offsets end beyond": (element("b.weight_row_offsets", 4, 6), "sparse index"),
     "row_offsets negative": (element("b.weight_row_offsets", 2, -1), "sparse index"),
-    "bitmask marks too many": (element("c.weight_bitmask", 0, 255), "part '_values' has shape"),
+    "bitmask marks too many": (element("c.weight_bitmask", 0, 255), "the bitmask marks 13 elements"),
     "cyclic graph": (described("nodes.0.inputs", ["b", "a.weight"]), "cyclic"),
     "unknown operator": (described("nodes.1.op", "Relux"), "unknown operator"),
     "unknown domain": (described("nodes.1.domain", "evil"), "unknown operator"),
