@@ -94,7 +94,6 @@ BAD = {
     "beyond the last column": changed("_bitmask", lambda bits: bits | 0x80),
     "does not count the bits": changed("_row_offsets", lambda rows: rows + 1),
     "marks 7 elements": changed("_bitmask", lambda bits: bits | np.array([[1 << 3], [0]], np.uint8)),
-    "code -128": changed("_compressed", lambda v: np.full_like(v, -128)),
     "scale must be finite": changed("_scale", lambda v: v * np.float32(np.nan)),
     "'_shape' is": changed("_shape", lambda v: v[::-1].copy()),
     "has dtype": changed("_row_offsets", lambda v: v.astype(np.int32)),

@@ -70,6 +70,18 @@ def test_quantisation_error_is_half_a_step():
     assert np.abs(quantized.codes).max() == 127
 
 
+def test_a_foreign_minus_128_is_held_where_its_sums_fit():
+    codes = np.array([[-128, 127, 0], [1, -128, -127]], np.int8)
+    each = Quantized(codes, np.array([0.5, 2], np.float32))
+    again = tensor.from_parts(each.spec(), each.parts())
+    np.testing.assert_array_equal(again.dense(), codes * np.array([[0.5], [2]], np.float32))
+    turned = each.with_trainable(np.array([-1, 1], np.float32))
+    assert turned.codes.tolist() == [[127, -127, 0], [1, -128, -127]]  # 128 is no int8
+    wide = Quantized(np.full((1, 65794), -128, np.int8), np.ones(1, np.float32))
+    with pytest.raises(FormatError, match="do not fit 32 bits"):
+        tensor.from_parts(wide.spec(), wide.parts())
+
+
 def test_an_all_zero_row_is_fine():
     dense = matrix(3, 8)
     dense[1] = 0
@@ -85,7 +97,6 @@ def test_what_cannot_be_made_is_refused():
 
 
 BAD = {
-    "code -128": lambda parts: {**parts, "_values": np.full_like(parts["_values"], -128)},
     "scale must be finite": lambda parts: {**parts, "_scale": parts["_scale"] * np.float32(np.nan)},
     "expected uint8": lambda parts: {**parts, "_block_index": parts["_block_index"].astype(np.int64)},
     "sparse index": lambda parts: {**parts, "_block_index": parts["_block_index"] + np.uint8(200)},

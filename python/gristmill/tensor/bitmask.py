@@ -10,7 +10,7 @@ from gristmill import _core
 from gristmill.errors import FormatError, ModelError
 from gristmill.tensor.dense import Dense
 from gristmill.tensor.int4 import Int4
-from gristmill.tensor.parts import Array, check_scale, frozen, matrix_shape, take, with_gain
+from gristmill.tensor.parts import Array, check_codes, check_scale, frozen, matrix_shape, take, with_gain
 from gristmill.tensor.quantized import Quantized
 
 PRECISIONS = {"float32": np.float32, "int8": np.int8, "int4": np.uint8}  # and the dtype of what holds the values
@@ -27,7 +27,7 @@ class Bitmask:
     the values of a row are `row_offsets[row] : row_offsets[row + 1]` (int64 [n + 1]). They are
 
     - float32 [count]; they train, the positions are fixed;
-    - int8 [count] in [-127, 127], with `scale` float32 [n];
+    - int8 [count], with `scale` float32 [n];
     - int4 in [-8, 7] as two's complement, uint8 [ceil(count / 2)], the lower half of a byte first, with `scale` float16 or
       float32 [n, ceil(k / group)], one for each `group` of consecutive columns, as `Int4` chooses them.
 
@@ -211,7 +211,7 @@ class Bitmask:
         bitmask, row_offsets = _checked_bits(parts, n, k)
         if take(parts, "_shape", np.int64, (2,)).tolist() != [n, k]:
             raise FormatError(f"part '_shape' is {parts['_shape'].tolist()}, the matrix is {[n, k]}")
-        values = _checked_values(parts, "_compressed", dtype, int(row_offsets[-1]))
+        values = _checked_values(parts, "_compressed", dtype, int(row_offsets[-1]), k)
         if not np.array_equal(take(parts, "_row_offsets", np.int64, (n,)), row_offsets[:-1]):
             raise FormatError("part '_row_offsets' does not count the bits of the bitmask row by row")
         return cls((n, k), bitmask, values, row_offsets, *_checked_scale(parts, dtype, group, n, k))
@@ -224,7 +224,7 @@ class Bitmask:
         if dtype not in ("float32", "int8"):
             raise FormatError(f"{dtype!r} blocks of [1, 1] cannot make a matrix of shape ({n}, {k})")
         bitmask, row_offsets = _checked_bits(parts, n, k)
-        values = _checked_values(parts, "_values", dtype, int(row_offsets[-1]))
+        values = _checked_values(parts, "_values", dtype, int(row_offsets[-1]), k)
         return cls((n, k), bitmask, values, row_offsets, *_checked_scale(parts, dtype, 0, n, k))
 
 
@@ -255,14 +255,14 @@ def _checked_bits(parts: Mapping[str, Array], n: int, k: int) -> tuple[Array, Ar
     return bitmask, _offsets(bitmask)
 
 
-def _checked_values(parts: Mapping[str, Array], name: str, dtype: str, count: int) -> Array:
+def _checked_values(parts: Mapping[str, Array], name: str, dtype: str, count: int, columns: int) -> Array:
     values = take(parts, name, PRECISIONS[dtype], (None,))
     held = -(-count // 2) if dtype == "int4" else count
     if len(values) != held:
         what = "bytes of int4 pairs" if dtype == "int4" else "values"
         raise FormatError(f"the bitmask marks {count} elements, which take {held} {what}, but part {name!r} has {len(values)}")
-    if dtype == "int8" and (values == -128).any():
-        raise FormatError("code -128 lies outside the symmetric range [-127, 127]")
+    if dtype == "int8":
+        check_codes(values, columns)
     return values
 
 

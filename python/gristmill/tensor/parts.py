@@ -46,7 +46,8 @@ def matrix_shape(spec: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def with_gain(codes: Array, scale: Array, gain: Array, rows_of_codes: Array) -> tuple[Array, Array]:
-    """Return (codes, scale) of an int8 tensor whose rows are multiplied by `gain`. Scales stay positive; signs go to the codes.
+    """Return (codes, scale) of an int8 tensor whose rows are multiplied by `gain`. Scales stay positive; signs go to the codes,
+    where -128 becomes 127.
 
     Args:
         codes: int8, any shape whose first dimensions `rows_of_codes` broadcasts over.
@@ -54,8 +55,21 @@ def with_gain(codes: Array, scale: Array, gain: Array, rows_of_codes: Array) -> 
         gain: float32 [n].
         rows_of_codes: the row index of each code, broadcastable to `codes`.
     """
-    signs = np.sign(gain).astype(np.int8)
-    return codes * signs[rows_of_codes], np.maximum(scale * np.abs(gain), np.finfo(np.float32).tiny)
+    signs = np.sign(gain).astype(np.int16)[rows_of_codes]
+    return np.minimum(codes * signs, 127).astype(np.int8), np.maximum(scale * np.abs(gain), np.finfo(np.float32).tiny)
+
+
+WIDEST = 65793  # columns of which products of -128 by 255 fit an int32 sum
+
+
+def check_codes(codes: Array, columns: int) -> None:
+    """Demand that int8 codes of a matrix fit the sums of the kernels. Ours have no -128; files of others do.
+
+    Raises:
+        FormatError: they do not.
+    """
+    if columns > WIDEST and (codes == -128).any():
+        raise FormatError(f"code -128 in a matrix of {columns} columns: sums of more than {WIDEST} products do not fit 32 bits")
 
 
 def check_scale(scale: Array, what: str) -> Array:

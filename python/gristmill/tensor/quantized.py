@@ -7,15 +7,16 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gristmill import _core
-from gristmill.errors import FormatError, ModelError
-from gristmill.tensor.parts import Array, check_scale, frozen, matrix_shape, take, with_gain
+from gristmill.errors import ModelError
+from gristmill.tensor.parts import Array, check_codes, check_scale, frozen, matrix_shape, take, with_gain
 
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """An [n, k] matrix as int8 `codes` [n, k] in [-127, 127] times float32 `scale` [n].
+    """An [n, k] matrix as int8 `codes` [n, k] times float32 `scale` [n].
 
-    Stored as compressed-tensors' `int-quantized` names it: `<name>` and `<name>_scale` [n, 1].
+    Codes that are made here lie in [-127, 127]; files of others have -128 too. Stored as compressed-tensors' `int-quantized`
+    names it: `<name>` and `<name>_scale` [n, 1].
     """
 
     kind: ClassVar[str] = "quantized"
@@ -74,6 +75,5 @@ class Quantized:
     def from_parts(cls, spec: Mapping[str, Any], parts: Mapping[str, Array]) -> "Quantized":
         n, k = matrix_shape(spec)
         codes = take(parts, "", np.int8, (n, k))
-        if (codes == -128).any():
-            raise FormatError("code -128 lies outside the symmetric range [-127, 127]")
+        check_codes(codes, k)
         return cls(codes, check_scale(take(parts, "_scale", np.float32, (n, 1)), "_scale")[:, 0])

@@ -8,7 +8,7 @@ import numpy as np
 
 from gristmill import _core
 from gristmill.errors import FormatError, ModelError
-from gristmill.tensor.parts import Array, check_scale, frozen, matrix_shape, take, with_gain
+from gristmill.tensor.parts import Array, check_codes, check_scale, frozen, matrix_shape, take, with_gain
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,8 +125,8 @@ class Sparse:
         values = take(parts, "_values", dtype, (None, block[0], block[1]))
         row_offsets = take(parts, "_row_offsets", np.int32, (n // block[0] + 1,))
         index = take(parts, "_block_index", np.min_scalar_type(max(k // block[1] - 1, 0)), (len(values),)).astype(np.int32)
-        if dtype == "int8" and (values == -128).any():
-            raise FormatError("code -128 lies outside the symmetric range [-127, 127]")
+        if dtype == "int8":
+            check_codes(values, k)
         tensor = cls((n, k), values, row_offsets, index, scale)
         try:
             tensor.weight()  # the border checks offsets and indices

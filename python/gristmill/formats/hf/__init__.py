@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.errors import FormatError, GristmillError
+from gristmill.formats.folder import Folder
 from gristmill.formats.hf.architectures import read_encoder
-from gristmill.formats.hf.files import Folder
 from gristmill.formats.hf.sentence import read_modules
 from gristmill.formats.hf.tokenizer import read_tokenizer
 from gristmill.model import Model
-from gristmill.tensor import Dense
 from gristmill.zoo.bert import encoder
 
 
 def load(path: Path) -> Model:
-    """Read an encoder from a Hugging Face folder. Float32 tensors are read-only views of the mapped file; others are widened.
+    """Read an encoder from a Hugging Face folder. Float32 tensors are read-only views of the mapped file; others are widened,
+    and those that compressed-tensors wrote stay compressed where a kind of tensor holds them exactly.
 
     Inputs are int64 `input_ids`, `attention_mask` and, where the model has token types, `token_type_ids`, all [batch, sequence].
     A sentence-transformers folder gives the output `sentence_embedding` [batch, width] alone; a model with a classifier `logits`;
@@ -41,9 +41,11 @@ def _read(folder: Folder) -> Model:
     modules = read_modules(folder)
     inner = folder if modules is None else folder.inner(modules.transformer)
     found = read_encoder(inner, modules)
-    meta: dict[str, Any] = {"source": {"format": "huggingface", "architecture": found.architecture}}
+    source: dict[str, Any] = {"format": "huggingface", "architecture": found.architecture}
+    if found.compression is not None:
+        source["compression"] = found.compression
+    meta: dict[str, Any] = {"source": source}
     tokenizer = read_tokenizer(inner, found.longest)
     if tokenizer is not None:
         meta["tokenizer"] = tokenizer
-    model = encoder(found.shape, {name: Dense(array) for name, array in found.arrays.items()})
-    return model.replace(meta=meta)
+    return encoder(found.shape, found.tensors).replace(meta=meta)

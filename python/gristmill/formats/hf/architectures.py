@@ -1,13 +1,22 @@
 """config.json and the tensors' names of each architecture, in the terms of `zoo.bert`."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from gristmill.errors import FormatError
-from gristmill.formats.hf.files import Fields, Folder, widened
+from gristmill.formats.compressed_tensors.codes import DTYPES
+from gristmill.formats.compressed_tensors.layers import assemble
+from gristmill.formats.compressed_tensors.scheme import read_scheme
+from gristmill.formats.compressed_tensors.weight import Weight
+from gristmill.formats.folder import Fields, Folder, widened
 from gristmill.formats.hf.sentence import Modules
+from gristmill.tensor import Dense, Tensor
 from gristmill.tensor.parts import Array
 from gristmill.zoo.bert import Encoder, Projection
+
+Stored = Array | Weight  # a tensor of the file: as it is, or compressed
 
 LARGEST = 2**31 - 1
 LAYERS = 1024
@@ -30,12 +39,18 @@ UNUSED = (
 
 @dataclass(frozen=True)
 class Found:
-    """An encoder as a folder describes it; `longest` is the greatest number of tokens that it takes."""
+    """An encoder as a folder describes it.
+
+    Args:
+        longest: the greatest number of tokens that it takes.
+        compression: how its weights were compressed, in JSON's terms; None if they were not.
+    """
 
     architecture: str
     shape: Encoder
-    arrays: dict[str, Array]
+    tensors: dict[str, Tensor]
     longest: int
+    compression: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +127,8 @@ def read_encoder(folder: Folder, modules: Modules | None) -> Found:
         raise FormatError(f"config.json: model_type {str(architecture)[:80]!r} is not known; known: {', '.join(FAMILIES)}")
     family = FAMILIES[architecture]
     shape = _shape(config, family)
-    stored = _renamed(folder.tensors(), family)
+    stored, compression = _stored(folder, config)
+    stored = _renamed(stored, family)
     if modules is None:
         shape = _with_head(shape, config, family, stored)
     else:
@@ -124,9 +140,30 @@ def read_encoder(folder: Folder, modules: Modules | None) -> Found:
             output="sentence_embedding",
         )
         stored |= modules.arrays
-    arrays = _matched(shape, stored)
+    tensors = _matched(shape, stored)
     longest = shape.positions - (0 if shape.padding is None else shape.padding + 1)
-    return Found(architecture, shape, arrays, longest)
+    if compression is not None:
+        compression["expanded"] = _expanded(shape, stored)
+    return Found(architecture, shape, tensors, longest, compression)
+
+
+def _stored(folder: Folder, config: Fields) -> tuple[dict[str, Stored], dict[str, Any] | None]:
+    """Return the tensors of a folder, and how they were compressed, or None."""
+    scheme = read_scheme(config.values)
+    if scheme is None:
+        return dict(folder.tensors()), None
+    if scheme.transformed:
+        raise FormatError(
+            "config.json: transform_config: layers that rotate their inputs are not supported; "
+            "gristmill.formats.compressed_tensors.read gives the weights"
+        )
+    return assemble(folder.tensors(DTYPES), scheme), scheme.described()
+
+
+def _expanded(shape: Encoder, stored: dict[str, Stored]) -> dict[str, int]:
+    """Count the compressed weights that became float32, by what kept them from staying as they were."""
+    weights = (stored[name] for name in shape.tensors())
+    return dict(Counter(weight.obstacle for weight in weights if isinstance(weight, Weight) and weight.obstacle is not None))
 
 
 def _shape(config: Fields, family: Family) -> Encoder:
@@ -159,7 +196,7 @@ def _shape(config: Fields, family: Family) -> Encoder:
     return shape
 
 
-def _with_head(shape: Encoder, config: Fields, family: Family, stored: dict[str, Array]) -> Encoder:
+def _with_head(shape: Encoder, config: Fields, family: Family, stored: dict[str, Stored]) -> Encoder:
     """Add the task's head that `architectures` names."""
     named = config.values.get("architectures") or ["Model"]
     if not isinstance(named, list) or not isinstance(named[0], str):
@@ -179,9 +216,9 @@ def _with_head(shape: Encoder, config: Fields, family: Family, stored: dict[str,
     return replace(shape, pooling=pooling, projections=tuple(projections), output=output)
 
 
-def _renamed(arrays: dict[str, Array], family: Family) -> dict[str, Array]:
+def _renamed(arrays: dict[str, Stored], family: Family) -> dict[str, Stored]:
     """Return tensors by BERT's names."""
-    made: dict[str, Array] = {}
+    made: dict[str, Stored] = {}
     for original, array in arrays.items():
         name = original.removeprefix(family.prefix)
         for old, new in (*family.renamed, ("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
@@ -192,17 +229,21 @@ def _renamed(arrays: dict[str, Array], family: Family) -> dict[str, Array]:
     return made
 
 
-def _matched(shape: Encoder, stored: dict[str, Array]) -> dict[str, Array]:
-    """Return the tensors that an encoder takes, as float32."""
+def _matched(shape: Encoder, stored: dict[str, Stored]) -> dict[str, Tensor]:
+    """Return the tensors that an encoder takes: float32, or as they were compressed."""
     wanted = shape.tensors()
     faults = list(_faults(wanted, stored))
     if faults:
         rest = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
         raise FormatError(f"the tensors do not fit config.json: {'; '.join(faults[:20])}{rest}")
-    return {name: widened(name, stored[name]) for name in wanted}
+    return {name: _tensor(name, stored[name]) for name in wanted}
 
 
-def _faults(wanted: dict[str, tuple[int, ...]], stored: dict[str, Array]) -> Iterator[str]:
+def _tensor(name: str, stored: Stored) -> Tensor:
+    return stored.tensor() if isinstance(stored, Weight) else Dense(widened(name, stored))
+
+
+def _faults(wanted: dict[str, tuple[int, ...]], stored: dict[str, Stored]) -> Iterator[str]:
     for name, size in wanted.items():
         if name not in stored:
             yield f"'{name}' {list(size)} is missing"

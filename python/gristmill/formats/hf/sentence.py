@@ -6,7 +6,7 @@ from typing import Any
 
 from gristmill.errors import FormatError
 from gristmill.formats.container import parse
-from gristmill.formats.hf.files import Folder
+from gristmill.formats.folder import Folder
 from gristmill.tensor.parts import Array
 from gristmill.zoo.bert import Projection
 

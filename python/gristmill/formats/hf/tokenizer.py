@@ -4,7 +4,7 @@ from typing import Any
 
 from gristmill.errors import FormatError
 from gristmill.formats.container import parse
-from gristmill.formats.hf.files import Folder
+from gristmill.formats.folder import Folder
 
 DEFINITION = "tokenizer.json"
 LIMITS = {"sentence_bert_config.json": "max_seq_length", "tokenizer_config.json": "model_max_length"}

@@ -57,15 +57,18 @@ class Folder:
         """Return a JSON object of the folder."""
         return Fields(name, parse(self.text(name).encode(), name))
 
-    def tensors(self) -> dict[str, Array]:
-        """Return all tensors of model.safetensors, or of the shards that its index lists, as float32.
+    def tensors(self, dtypes: Mapping[str, np.dtype[Any]] = ACCEPTED) -> dict[str, Array]:
+        """Return all tensors of model.safetensors, or of the shards that its index lists, as they are stored.
+
+        Args:
+            dtypes: the NumPy dtype of each code that is accepted.
 
         Raises:
             FormatError: a file is damaged, or the index and the shards disagree.
             FileNotFoundError: there are none.
         """
         if self.has(WEIGHTS):
-            return self._read(WEIGHTS)
+            return self._read(WEIGHTS, dtypes)
         if not self.has(INDEX):
             pickled = sorted(path.name for path in self.path.glob("*.bin"))
             hint = f"; {pickled[0]} is a pickle file, which is never read: convert it to safetensors" if pickled else ""
@@ -82,15 +85,15 @@ class Folder:
                 raise FormatError(f"{INDEX}: {shard!r} is not the name of a safetensors file")
             if not self.has(shard):
                 raise FormatError(f"{INDEX}: the file {shard} is missing")
-            arrays |= {name: array for name, array in self._read(shard).items() if listed.get(name) == shard}
+            arrays |= {name: array for name, array in self._read(shard, dtypes).items() if listed.get(name) == shard}
         missing = sorted(listed.keys() - arrays.keys())
         if missing:
             raise FormatError(f"{INDEX}: the files lack tensors that it lists: {missing[:10]}")
         return arrays
 
-    def _read(self, name: str) -> dict[str, Array]:
+    def _read(self, name: str, dtypes: Mapping[str, np.dtype[Any]]) -> dict[str, Array]:
         try:
-            arrays, _ = read(map_file(self.path / name), ACCEPTED, aligned=False)
+            arrays, _ = read(map_file(self.path / name), dtypes, aligned=False)
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from error
         return arrays
