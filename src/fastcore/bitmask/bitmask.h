@@ -105,7 +105,7 @@ typedef struct fc_bitmask_linear_args {
     const uint8_t *codes;            /* a "tile" panel of [m, k] */
     const float *scales;             /* [m] */
     const int32_t *zeros;            /* [m] */
-    const fc_packed_bitmask *weight; /* k <= FC_TILE_MAX_K */
+    const fc_packed_bitmask *weight; /* k <= FC_INT8_MAX_K */
     const float *weight_scale;       /* [n]; of int4 a gain on each row, or NULL for 1 */
     const float *bias, *residual;    /* [n], [m, n], or NULL */
     float *out;                      /* [m, n]; may be residual */

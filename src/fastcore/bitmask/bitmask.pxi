@@ -42,7 +42,7 @@ cdef extern from "bitmask/bitmask.h" nogil:
 cdef int check_bitmask_codes(Weight weight) except -1:
     if weight.view.kind not in (FC_BITMASK_S8, FC_BITMASK_S4):
         raise TypeError("weight: expected int8 or int4 codes under a bitmask")
-    check_depth(weight.view.k, "tile")
+    check_depth(weight.view.k)
     return 0
 
 
