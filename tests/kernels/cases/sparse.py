@@ -264,7 +264,7 @@ INT8 = Case(
 
 
 def no_difference(inputs, wanted):
-    return {name: 0 for name in wanted}
+    return dict.fromkeys(wanted, 0)
 
 
 def coded_inputs(rng, size):
