@@ -64,7 +64,9 @@ def test_memory_is_bounded_whatever_the_size_of_the_model(folder, pattern):
     assert found["peak"] < (folder / "model.safetensors").stat().st_size * 0.75
     assert found["told"] <= found["peak"]
     small = gm.load(folder / "small.safetensors")
-    assert {tensor.kind for name, tensor in small.tensors.items() if name in small.weights} == {"bitmask" if pattern == "unstructured" else "sparse"}
+    assert {tensor.kind for name, tensor in small.tensors.items() if name in small.weights} == {
+        "bitmask" if pattern == "unstructured" else "sparse"
+    }
     (folder / "small.safetensors").unlink()
 
 
