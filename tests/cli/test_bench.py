@@ -207,7 +207,8 @@ def test_a_rivals_process_does_not_load_ours():
 
 
 RUNNER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background is born without
 from gristmill.bench import apart
 from gristmill.bench.race import Contest, Entry, race
 code = sys.argv[1]

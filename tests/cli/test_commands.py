@@ -114,7 +114,7 @@ def test_inspect_as_json(tmp_path):
     kinds = {row["tensor"]: row["kind"] for row in facts["tensors"]}
     assert kinds["a.weight"] == "quantized"
     assert kinds["b.weight"] == "sparse int8 2x4"
-    assert kinds["c.weight"] == "sparse float32 1x1"
+    assert kinds["c.weight"] == "bitmask float32"
     assert {row["tensor"]: row["sparsity"] for row in facts["tensors"]}["c.weight"] == 0.85
     assert [row["op"] for row in facts["nodes"]][:2] == ["gristmill::Linear", "Relu"]
     assert all(row["kernel"] for row in facts["kernels"])

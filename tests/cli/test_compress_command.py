@@ -56,8 +56,9 @@ def test_the_report_and_the_plots_are_written(folder):
     arguments = ["--prune", 0.8, "--data", folder / "d.npz", "--report", folder / "r.json", "--plots", folder / "plots"]
     result = compress(folder, *arguments)
     assert result.exit_code == 0, result.output
-    assert "blocks" in result.stdout
+    assert "sparsity" in result.stdout
     report = json.loads((folder / "r.json").read_text())
+    assert {layer["kind"] for layer in report["layers"]} == {"1x4 float32"}
     assert report["provenance"]["input"].startswith("sha256:")
     assert names(folder / "plots") == ["layers.png", "quality.png"]
 
