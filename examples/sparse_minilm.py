@@ -11,6 +11,7 @@ FOLDER/log.jsonl tells the quality after every round.
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from gristmill.text import Tokenizer
 from gristmill.training.sparsity import GradualPruning
 
 HELD_OUT = Path(find_spec("gristmill").origin).parent / "bench" / "sentences.txt"  # general English; nothing is trained on it
-STAGES = ((0.5, 2), (0.7, 3), (0.8, 12), (0.9, 4))  # sparsity, rounds
+STAGES = ((0.5, 30), (0.7, 15), (0.8, 20), (0.9, 10))  # sparsity, rounds
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Setting:
 
     Args:
         length: tokens of a text, at most.
+        pieces: texts that the corpus is made of, before some are joined.
         round_texts: texts of a round; epochs: how often a round's texts are visited.
         batch_size: texts of a step.
         calibration_texts: texts that pruning is decided on.
@@ -49,11 +51,12 @@ class Setting:
     """
 
     length: int = 40
+    pieces: int = 220_000
     round_texts: int = 4096
     epochs: int = 3
     batch_size: int = 32
     calibration_texts: int = 512
-    rate: float = 5e-4
+    rate: float = 3e-3
     seed: int = 0
 
     @property
@@ -62,7 +65,7 @@ class Setting:
         return self.epochs * (self.round_texts // self.batch_size)
 
 
-SHORT = Setting(length=16, round_texts=64, epochs=1, batch_size=16, calibration_texts=32)
+SHORT = Setting(length=16, pieces=400, round_texts=64, epochs=1, batch_size=16, calibration_texts=32)
 
 
 @dataclass(frozen=True)
@@ -93,14 +96,13 @@ class Distillation:
         self.tokenizer = Tokenizer({**model.meta["tokenizer"], "max_length": setting.length})
         self.sources = sources
 
-    def texts(self, count: int) -> list[str]:
+    def texts(self) -> list[str]:
         """The corpus, made once and kept: two thirds of the texts are joined with what follows until the length is full."""
         path = self.folder / "texts.json"
         if not path.exists():
             vocabulary = json.loads(self.model.meta["tokenizer"]["definition"])["model"]["vocab"]
             words = [word for word in vocabulary if word.isalpha() and word.isascii() and len(word) > 2]
-            pieces = texts.sentences(self.sources, 2 * count, self.setting.seed, words)
-            path.write_text(json.dumps(self.joined(pieces)[:count]))
+            path.write_text(json.dumps(self.joined(texts.sentences(self.sources, self.setting.pieces, self.setting.seed, words))))
         return json.loads(path.read_text())
 
     def joined(self, pieces: Sequence[str]) -> list[str]:
@@ -128,8 +130,9 @@ class Distillation:
     def examples(self, sentences: Sequence[str]) -> dict[str, Array]:
         """Tokens and the teacher's answers: what a round trains on."""
         tokens = self.inputs(sentences)
-        made = {name: np.empty((len(sentences), self.setting.length, 384), np.float32) for name in self.hidden}
-        made[self.model.outputs[0]] = np.empty((len(sentences), 384), np.float32)
+        width = int(self.model.types[self.model.outputs[0]].shape[-1])
+        made = {name: np.empty((len(sentences), self.setting.length, width), np.float32) for name in self.hidden}
+        made[self.model.outputs[0]] = np.empty((len(sentences), width), np.float32)
         for start in range(0, len(sentences), 64):
             part = slice(start, start + 64)
             for name, array in self.teacher.run(**{key: value[part] for key, value in tokens.items()}).items():
@@ -145,8 +148,8 @@ class Distillation:
 
 def train(run: Distillation, pattern: str, stages: Sequence[tuple[float, int]], workers: int) -> None:
     """Go through the stages, each from what the one before ended with."""
-    setting, rounds = run.setting, sum(count for _, count in stages)
-    corpus = run.texts(setting.round_texts * rounds)
+    setting = run.setting
+    corpus = run.texts()
     shares = run.loss(run.examples(corpus[:256]))
     student, first = run.model, 0
     for sparsity, count in stages:
@@ -157,7 +160,7 @@ def train(run: Distillation, pattern: str, stages: Sequence[tuple[float, int]], 
             optimizer = gm.AdamW(Decay(setting.rate, max(1, setting.steps // 4), setting.steps * count), clip_norm=5.0)
             for turn in range(count):
                 begin = (first + turn) * setting.round_texts
-                part = corpus[begin : begin + setting.round_texts]
+                part = [corpus[place % len(corpus)] for place in range(begin, begin + setting.round_texts)]
                 trained = one_round(run, student, shares, part, optimizer, pruning, turn, workers)
             gm.save(trained, done)
         student = gm.load(done).replace(meta=run.model.meta)
@@ -224,7 +227,8 @@ def main() -> None:
     parser.add_argument(
         "--stages", default=",".join(f"{share}:{rounds}" for share, rounds in STAGES), help="sparsity:rounds, ..."
     )
-    parser.add_argument("--texts", type=Path, nargs="*", default=[Path("/usr/share/doc"), Path("/usr/share/perl")])
+    sources = [*map(Path, sys.path), Path("/usr/share/doc"), Path("/usr/share/perl"), Path("/usr/share/man")]
+    parser.add_argument("--texts", type=Path, nargs="*", default=sources, help="folders of docstrings and documentation")
     parser.add_argument("--rate", type=float, default=Setting.rate)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--short", action="store_true", help="a few steps on short texts, to see that everything works")

@@ -4,7 +4,6 @@ import ast
 import gzip
 import random
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -64,7 +63,7 @@ def exchanged(text: str, rng: random.Random, vocabulary: Sequence[str]) -> str:
 
 
 def _files(folders: Sequence[Path]) -> Iterator[Path]:
-    for folder in (*map(Path, sys.path), *folders):
+    for folder in folders:
         if folder.is_dir():
             for path in sorted(folder.rglob("*")):
                 if path.suffix in (".py", ".txt", ".rst", ".md", ".pod", ".gz") and path.is_file():
