@@ -19,10 +19,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import second_order
-import texts
 
 import gristmill as gm
+import second_order
+import texts
 from gristmill import losses
 from gristmill.metrics import spearman
 from gristmill.model import Model
