@@ -163,7 +163,7 @@ def test_rows_are_distinct_and_ours_comes_first():
     assert set(QUICK) <= set(names)
     for row in ROWS:
         found = list(contenders(row))
-        assert found[0] == (OURS, "")
+        assert found[0] == (OURS, row.pruned)
         assert len(set(found)) == len(found)
         assert any(engine == row.rival for engine, _ in found)
     assert {row.threads for row in scaled(ROWS, 8)} == {1, 8}
@@ -267,7 +267,7 @@ def test_the_file_has_the_whole_schema(monkeypatch, tmp_path):
     assert made["machine"]["cores"] == os.cpu_count()
     assert [row["name"] for row in made["rows"]] == [row.name for row in ROWS[:2]]
     assert set(made["rows"][0]) == {
-        "name", "precision", "batch", "length", "threads", "rival", "target", "goal", "train", "title", "unit", "rounds",
+        "name", "precision", "batch", "length", "threads", "rival", "target", "goal", "train", "pruned", "title", "unit", "rounds",
         "failed", "floor", "floor_unknown",
     }  # fmt: skip
 

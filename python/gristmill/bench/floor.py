@@ -35,7 +35,8 @@ def work(sizes: Sizes, row: Row) -> dict[str, float]:
     """Return the operations or elements of each limit that a row asks for."""
     tokens = row.batch * row.length
     per_layer = 4 * sizes.width**2 + 2 * sizes.width * sizes.hidden
-    products = 2.0 * tokens * sizes.layers * per_layer
+    percent = int(row.pruned.partition("-")[2] or 0)
+    products = 2.0 * tokens * sizes.layers * per_layer * (1 - percent / 100)
     attention = 4.0 * tokens * row.length * sizes.width * sizes.layers
     times = BACKWARD if row.train else 1
     amounts: dict[str, float] = {

@@ -8,7 +8,11 @@ from gristmill.bench.engines import OURS
 
 @dataclass(frozen=True)
 class Row:
-    """`target` is the ratio to reach: the rival's time over ours. Rows that train have `train`."""
+    """`target` is the ratio to reach: the rival's time over ours. Rows that train have `train`.
+
+    In rows with `pruned`, such as "4x4-80", our weights are in blocks of that shape with that percentage of zeros. Speed alone is
+    told: they are pruned by magnitude and not retrained. Rivals run dense, and so do we once more, beside it.
+    """
 
     precision: str
     batch: int
@@ -18,15 +22,19 @@ class Row:
     target: float | None = None
     goal: float | None = None
     train: bool = False
+    pruned: str = ""
 
     @property
     def name(self) -> str:
-        return f"{'train-' * self.train}{self.precision}-{self.batch}x{self.length}-{self.threads}t"
+        kind = f"{self.pruned}-" if self.pruned else "train-" * self.train
+        return f"{kind}{self.precision}-{self.batch}x{self.length}-{self.threads}t"
 
     @property
     def title(self) -> str:
         plural = "s" * (self.threads != 1)
-        return f"{'training step, ' * self.train}{self.precision}, {self.batch} x {self.length}, {self.threads} thread{plural}"
+        block, _, percent = self.pruned.partition("-")
+        form = f"{percent} % zeros in {block}, " if self.pruned else "training step, " * self.train
+        return f"{form}{self.precision}, {self.batch} x {self.length}, {self.threads} thread{plural}"
 
     @property
     def latency(self) -> bool:
@@ -45,6 +53,12 @@ ROWS = (
     Row("fp32", 32, 128, 1),
     Row("fp32", 32, 128, 2, rival="torch", target=1.5, train=True),
     Row("bf16", 32, 128, 2, rival="torch", target=1.0, train=True),
+    Row("int8", 32, 128, 2, target=2.5, goal=3.5, pruned="4x4-80"),
+    Row("int8", 32, 128, 2, target=2.5, goal=3.5, pruned="2x4-80"),
+    Row("int8", 32, 128, 2, target=2.5, goal=3.5, pruned="1x4-80"),
+    Row("int8", 32, 128, 2, target=1.4, pruned="2x4-50"),
+    Row("int8", 32, 128, 2, target=1.4, pruned="4x4-50"),
+    Row("int8", 1, 128, 1, target=2.0, pruned="2x4-80"),
 )
 QUICK = ("int8-32x128-2t", "int8-1x16-2t", "fp32-32x128-2t")
 
@@ -66,6 +80,8 @@ STREAMING = {"latency": "streams", "latency-bf16": "streams-bf16"}
 
 def contenders(row: Row) -> Iterator[tuple[str, str]]:
     """Yield (engine, variant) of a row, ours first."""
+    if row.pruned:
+        yield OURS, row.pruned
     yield OURS, ""
     if row.train:
         yield "torch", ""

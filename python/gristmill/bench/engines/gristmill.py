@@ -25,10 +25,26 @@ def prepare(source: Path, cache: Path, precisions: set[str]) -> None:
         gm.save(small, cache / "gristmill-int8.safetensors")
 
 
+def prune(cache: Path, variant: str) -> Path:
+    """Make the model that a variant such as "4x4-80" names, once; pruned by magnitude: of use for its speed alone."""
+    target = cache / f"gristmill-{variant}.safetensors"
+    if not target.exists():
+        import gristmill as gm
+        from gristmill.compression.recipe import Context
+
+        model = gm.load(cache / "gristmill-fp32.safetensors")
+        pattern, _, percent = variant.partition("-")
+        for step in (gm.Prune(int(percent) / 100, pattern=pattern), gm.Quantize("int8")):
+            model = step.apply(model, Context(model, None, 0, 1, False))
+        gm.save(model, target)
+    return target
+
+
 def load(cache: Path, precision: str, threads: int, variant: str) -> Run:
     import gristmill as gm
 
-    model = gm.load(cache / f"gristmill-{'int8' if precision == 'int8' else 'fp32'}.safetensors")
+    dense = cache / f"gristmill-{'int8' if precision == 'int8' else 'fp32'}.safetensors"
+    model = gm.load(prune(cache, variant) if variant else dense)
     session = gm.Session(model, threads=threads, precision=SESSION[precision])
     name = model.outputs[0]
 
