@@ -267,8 +267,8 @@ def test_the_file_has_the_whole_schema(monkeypatch, tmp_path):
     assert made["machine"]["cores"] == os.cpu_count()
     assert [row["name"] for row in made["rows"]] == [row.name for row in ROWS[:2]]
     assert set(made["rows"][0]) == {
-        "name", "precision", "batch", "length", "threads", "rival", "target", "goal", "train", "pruned", "title", "unit", "rounds",
-        "failed", "floor", "floor_unknown",
+        "name", "precision", "batch", "length", "threads", "rival", "target", "goal", "train", "pruned", "title", "unit",
+        "rounds", "failed", "floor", "floor_unknown",
     }  # fmt: skip
 
 
