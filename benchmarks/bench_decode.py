@@ -12,10 +12,8 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent / "rivals"))
 
-from contests import contest, entry, main
+from contests import contest, duration, entry, main
 from decode import READ
-
-from gristmill.bench.race import duration
 
 SHAPES = ((4096, 11008), (11008, 4096))
 LIMIT = "reading memory"

@@ -10,7 +10,7 @@ from statistics import median
 
 from gristmill.bench import apart
 from gristmill.bench.machine import machine
-from gristmill.bench.race import Contest, Entry, duration, race, ratios, spread
+from gristmill.bench.race import Contest, Entry, race, ratios, spread
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parent / "results"
@@ -42,6 +42,14 @@ def table(result: Mapping[str, object]) -> str:
         figure = f"{1 / middle:,.0f}" if result["unit"] == "sample" else duration(middle)
         lines.append(f"| {label} | {figure} | ±{100 * spread(each):.0f} % | {factors[label]:.2f} |")
     return "\n".join([*lines, *[f"\n{label}: {reason}" for label, reason in result["failed"].items()]])
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that gives it one to three digits before the point."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.2f} {unit}"
+    return f"{seconds * 1e6:.1f} us"
 
 
 def main(description: str, contests: Iterable[Contest], name: str, show: Callable[[Mapping[str, object]], str] = table) -> None:
