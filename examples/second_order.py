@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from gristmill.model import Model
+from gristmill.model import Model, leading_to
 from gristmill.runtime.session import Session
 from gristmill.tensor import Dense
 from gristmill.tensor.parts import Array
@@ -117,13 +117,10 @@ def _scores(weight: Array, factor: Array, block: tuple[int, int]) -> Iterator[Ar
 
 def observed(model: Model, values: tuple[str, ...], tokens: Mapping[str, Array]) -> dict[str, Array]:
     """Return values [tokens, k] of a model without padding, computed by no more of its graph than they need."""
-    needed, nodes = set(values), []
-    for node in reversed(model.nodes):
-        if needed.intersection(node.outputs):
-            nodes.append(node)
-            needed.update(node.inputs)
+    nodes = leading_to(model.nodes, values)
+    needed = {*values, *(name for node in nodes for name in node.inputs)}
     inputs = {name: kind for name, kind in model.inputs.items() if name in needed}
-    session = Session(Model(tuple(reversed(nodes)), model.tensors, inputs, values))
+    session = Session(Model(tuple(nodes), model.tensors, inputs, values))
     mask = tokens["attention_mask"].astype(bool)
     parts: dict[str, list[Array]] = {name: [] for name in values}
     for start in range(0, len(mask), BATCH):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gristmill.errors import ModelError
-from gristmill.model import Model
+from gristmill.model import Model, leading_to
 from gristmill.ops import GRAD, Node, TensorType, find
 from gristmill.tensor import Dense
 
@@ -83,7 +83,7 @@ def gradients(model: Model, loss: str, wrt: Iterable[str]) -> Model:
     tape = _Tape(model, _influenced(model, wrt))
     if loss in tape.wanted:
         tape.gradients[loss] = SEED
-    for node in reversed(_leading_to(model, loss)):
+    for node in reversed(leading_to(model.nodes, [loss])):
         dy = tape.gradients.get(node.outputs[0])
         if dy is not None:
             find(node).gradient(node, tape, dy)
@@ -105,7 +105,7 @@ def _assemble(model: Model, loss: str, wrt: list[str], tape: _Tape) -> Model:
         Node(n.op, tuple(final.get(i, i) for i in n.inputs), tuple(final.get(o, o) for o in n.outputs), n.attributes, n.domain)
         for n in tape.nodes
     ]
-    nodes = (*_leading_to(model, loss), *rename)
+    nodes = (*leading_to(model.nodes, [loss]), *rename)
     used = {name for node in nodes for name in node.inputs}
     tensors = {name: tensor for name, tensor in model.tensors.items() if name in used}
     tensors[SEED] = Dense(np.ones((), np.float32))
@@ -120,13 +120,3 @@ def _influenced(model: Model, wrt: Iterable[str]) -> set[str]:
         if reached.intersection(node.inputs):
             reached.update(node.outputs)
     return reached
-
-
-def _leading_to(model: Model, value: str) -> list[Node]:
-    """The nodes that `value` depends on, in order."""
-    needed, kept = {value}, []
-    for node in reversed(model.nodes):
-        if needed.intersection(node.outputs):
-            kept.append(node)
-            needed.update(node.inputs)
-    return kept[::-1]

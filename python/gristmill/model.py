@@ -189,6 +189,16 @@ def in_order(nodes: tuple[Node, ...], defined: Iterable[str]) -> list[Node]:
     return ordered
 
 
+def leading_to(nodes: Iterable[Node], values: Iterable[str]) -> list[Node]:
+    """Return the nodes that some values depend on, in their order, which is that of the graph."""
+    needed, kept = set(values), []
+    for node in reversed(tuple(nodes)):
+        if needed.intersection(node.outputs):
+            kept.append(node)
+            needed.update(node.inputs)
+    return kept[::-1]
+
+
 def _explain_blocked(blocked: list[Node], known: set[str], makers: Mapping[str, Node]) -> str:
     for node in blocked:
         missing = [name for name in node.inputs if name and name not in known and name not in makers]

@@ -15,7 +15,7 @@ from gristmill.compression.layers import EncoderLayer, encoder_layers, projectio
 from gristmill.compression.prune import need_finite
 from gristmill.compression.recipe import Context, Pass, is_number
 from gristmill.errors import ModelError
-from gristmill.model import Model
+from gristmill.model import Model, leading_to
 from gristmill.ops import Node
 from gristmill.tensor import BFloat16, Dense, Tensor
 from gristmill.tensor.parts import Array
@@ -222,18 +222,7 @@ def without_layers(model: Model, gone: list[EncoderLayer]) -> Model:
     lost = {name for node in model.nodes if node.name in removed for name in node.outputs} - instead.keys()
     if lost & set(model.outputs):
         raise ModelError(f"RemoveLayers: {sorted(lost & set(model.outputs))}, which the model returns, lie inside removed layers")
-    return with_used_tensors(replace(model, nodes=tuple(needed(nodes, model.outputs))))
-
-
-def needed(nodes: list[Node], outputs: Iterable[str]) -> list[Node]:
-    """Return the nodes that the outputs depend on."""
-    wanted = set(outputs)
-    kept = []
-    for node in reversed(nodes):  # in the order of the graph, so that readers come after makers
-        if wanted.intersection(node.outputs):
-            kept.append(node)
-            wanted.update(node.inputs)
-    return kept[::-1]
+    return with_used_tensors(replace(model, nodes=tuple(leading_to(nodes, model.outputs))))
 
 
 def with_used_tensors(model: Model) -> Model:

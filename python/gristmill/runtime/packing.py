@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from gristmill.errors import ModelError
-from gristmill.model import Model
+from gristmill.model import Model, leading_to
 from gristmill.ops import OWN, Node, TensorType, find
 from gristmill.ops.activation import Activation
 from gristmill.zoo.bert import IDS, MASK, TYPES
@@ -47,13 +47,10 @@ def sentence_model(model: Model) -> Model:
 
 def _part(model: Model) -> Model:
     """Leave out what the outputs do not depend on."""
-    wanted, kept = set(model.outputs), []
-    for node in reversed(model.nodes):
-        if wanted.intersection(node.outputs):
-            kept.append(node)
-            wanted.update(node.inputs)
+    kept = leading_to(model.nodes, model.outputs)
+    wanted = {*model.outputs, *(name for node in kept for name in node.inputs)}
     tensors = {name: tensor for name, tensor in model.tensors.items() if name in wanted}
-    return Model(tuple(reversed(kept)), tensors, model.inputs, model.outputs, model.meta)
+    return Model(tuple(kept), tensors, model.inputs, model.outputs, model.meta)
 
 
 def counting(model: Model) -> tuple[int, int | None]:
