@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gristmill import _core
 from gristmill.errors import ModelError
 from gristmill.tensor.parts import Array
 from gristmill.tensor.selection import Pattern, mask_of, scores
@@ -101,7 +102,7 @@ class Masks:
             if norms is not None and norms.shape != shape[1:]:
                 raise ModelError(f"norms of '{name}' have shape {norms.shape}, it has {shape[1]} inputs")
         self.weights = {name: params[name] for name in pruning.names}
-        self.kept = {name: spread(scores(weight, self.pattern) != 0, self.pattern) for name, weight in self.weights.items()}
+        self.kept = {name: (scores(each, self.pattern) != 0).astype(np.uint8) for name, each in self.weights.items()}
 
     def apply(self, step: int) -> None:
         """Keep what is pruned at zero and, where an event is due after this step, prune more."""
@@ -109,17 +110,11 @@ class Masks:
             (step - self.pruning.begin) % self.pruning.every == 0 or step == self.pruning.end
         )
         for name, weight in self.weights.items():
-            np.multiply(weight, self.kept[name], out=weight)
+            self._clear(name, weight)
             if due:
-                self._prune(name, weight, self.pruning.sparsity(step))
+                found = scores(weight, self.pattern, self.pruning.norms.get(name), self.threads)
+                self.kept[name] = mask_of(found, self.pruning.sparsity(step), self.threads)
+                self._clear(name, weight)
 
-    def _prune(self, name: str, weight: Array, sparsity: float) -> None:
-        found = scores(weight, self.pattern, self.pruning.norms.get(name), self.threads)
-        self.kept[name] = spread(mask_of(found, sparsity, self.threads), self.pattern)
-        np.multiply(weight, self.kept[name], out=weight)
-
-
-def spread(mask: Array, pattern: Pattern) -> Array:
-    """Return the mask of blocks as one of elements, float32."""
-    rows, columns = pattern.block
-    return np.repeat(np.repeat(mask.astype(np.float32), rows, axis=0), columns, axis=1)
+    def _clear(self, name: str, weight: Array) -> None:
+        _core.apply_mask(weight, self.kept[name], self.pattern.block, self.threads)

@@ -144,8 +144,15 @@ static void scale_magnitudes_f32_avx2(const float *x, const float *norms, int64_
     scale_magnitudes(x, norms, n, out);
 }
 
+/* Blocks of four columns, two at a time: each byte of the mask becomes four lanes, which the compiler does not find. */
 static void apply_mask_f32_avx2(float *x, const uint8_t *mask, int64_t columns, int64_t block_cols) {
-    apply_mask(x, mask, columns, block_cols);
+    int64_t j = 0;
+    for (; block_cols == 4 && j + 2 <= columns; j += 2) {
+        const __m256i bytes = _mm256_setr_m128i(_mm_set1_epi32(mask[j]), _mm_set1_epi32(mask[j + 1]));
+        const __m256i dropped = _mm256_cmpeq_epi32(bytes, _mm256_setzero_si256());
+        _mm256_storeu_ps(x + 4 * j, _mm256_andnot_ps(_mm256_castsi256_ps(dropped), _mm256_loadu_ps(x + 4 * j)));
+    }
+    apply_mask(x + j * block_cols, mask + j, columns - j, block_cols);
 }
 
 FC_TARGET_END

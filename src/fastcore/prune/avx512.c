@@ -148,8 +148,17 @@ static void scale_magnitudes_f32_avx512(const float *x, const float *norms, int6
     scale_magnitudes(x, norms, n, out);
 }
 
+/* Blocks of four columns, four at a time: each byte of the mask becomes four lanes, which the compiler does not find. */
 static void apply_mask_f32_avx512(float *x, const uint8_t *mask, int64_t columns, int64_t block_cols) {
-    apply_mask(x, mask, columns, block_cols);
+    const __m128i four_times = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    int64_t j = 0;
+    for (; block_cols == 4 && j + 4 <= columns; j += 4) {
+        int32_t bytes;
+        memcpy(&bytes, mask + j, sizeof bytes);
+        const __m128i lanes = _mm_shuffle_epi8(_mm_cvtsi32_si128(bytes), four_times);
+        _mm512_storeu_ps(x + 4 * j, _mm512_maskz_loadu_ps(_mm_test_epi8_mask(lanes, lanes), x + 4 * j));
+    }
+    apply_mask(x + j * block_cols, mask + j, columns - j, block_cols);
 }
 
 FC_TARGET_END
