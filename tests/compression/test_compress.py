@@ -225,7 +225,7 @@ def test_encoder_is_measured_on_ids_within_its_tables(precision):
 
 def test_weights_that_are_alike_are_timed_once(monkeypatch):
     timed = []
-    monkeypatch.setattr(measure, "_layer_latency", lambda tensor, threads: timed.append(tensor) or {1: 0.0, 256: 0.0})
+    monkeypatch.setattr(measure, "layer_latency", lambda tensor, threads: timed.append(tensor) or {1: 0.0, 256: 0.0})
     model = gm.zoo.mlp([32, 32, 32, 32, 8])
     layers = list(measure.measure_layers(model, model, threads=1))
     assert len(layers) == 4

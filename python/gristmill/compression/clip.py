@@ -1,6 +1,6 @@
 """Weight clipping: bound the largest weights, so that a few outliers do not set the scale of all the others."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -92,10 +92,6 @@ class Clip(Pass):
             bound = np.float32(self.value if self.value is not None else self._bound(tensor.trainable, context.threads))
             clipped[name] = tensor.with_trainable(np.clip(tensor.trainable, -bound, bound))
         return model.replace(tensors=clipped)
-
-    def describe(self) -> dict[str, Any]:
-        given = self.calibration if self.calibration is None or isinstance(self.calibration, str) else "given"
-        return {**super(Clip, replace(self, calibration=None)).describe(), "calibration": given}
 
     def _bound(self, values: Array, threads: int) -> float:
         percentile = 99.9 if self.percentile is None else self.percentile

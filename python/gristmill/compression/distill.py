@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
 
 import numpy as np
 
@@ -96,13 +95,6 @@ class Distill(Pass):
         check_optimizer(self.optimizer)
         if self.teacher is not None:
             check_model(self.teacher)
-
-    def describe(self) -> dict[str, Any]:
-        names = ("epochs", "loss", "temperature", "alpha", "batch_size", "hidden_weight", "precision")
-        settings = {name: getattr(self, name) for name in names}
-        hidden = dict(self.hidden) if isinstance(self.hidden, Mapping) else list(self.hidden)
-        prune = None if self.prune is None else self.prune.describe()
-        return {"pass": "Distill", **settings, "hidden": hidden, "prune": prune, **self.optimizer.describe()}
 
     def apply(self, model: Model, context: Context) -> Model:
         if context.data is None:

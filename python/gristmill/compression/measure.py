@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gristmill.compression.break_even import break_even, dense_twin, layer_latency
+from gristmill.compression.break_even import blocks_of, break_even, dense_twin, layer_latency
 from gristmill.compression.examples import Examples
 from gristmill.compression.mixing import with_weights_of
 from gristmill.compression.quality import Figure, agreement_of_ranks, answers, averaged, cosines, error_of, measured
@@ -147,7 +147,7 @@ def measure_layers(
     def latency_of(tensor: Tensor) -> dict[str, float]:
         key = tensor.kind, tensor.shape, describe(tensor), tensor.nbytes
         if key not in times:
-            times[key] = _layer_latency(tensor, threads)
+            times[key] = layer_latency(tensor, threads)
         return times[key]
 
     kept = [name for name in (*before.weights, *tables_changed(before, after)) if name in after.tensors]
@@ -208,9 +208,4 @@ def describe(tensor: Tensor) -> str:
         return f"bitmask {tensor.precision}" + (f" g{tensor.group}" if tensor.group else "")
     if not isinstance(tensor, Sparse):
         return {"dense": "float32", "bf16": "bf16", "quantized": "int8"}.get(tensor.kind, tensor.kind)
-    rows, columns = tensor.block
-    return f"{rows}x{columns} {tensor.values.dtype}"
-
-
-def _layer_latency(tensor: Tensor, threads: int) -> dict[str, float]:
-    return layer_latency(tensor, threads)
+    return f"{blocks_of(tensor)} {tensor.values.dtype}"

@@ -147,12 +147,6 @@ class Prune(Pass):
             pruned[name] = smaller(model.tensors[name], mask, pattern.block)
         return model.replace(tensors=pruned)
 
-    def describe(self) -> dict[str, Any]:
-        settings = super(Prune, replace(self, calibration=None)).describe()
-        given = self.calibration if self.calibration is None or isinstance(self.calibration, str) else "given"
-        sparsity = dict(self.sparsity) if isinstance(self.sparsity, tuple) else self.sparsity
-        return {**settings, "sparsity": sparsity, "calibration": given}
-
     def _mask(self, found: Array, share: float, pattern: Pattern, threads: int) -> Array:
         if pattern.of:
             return mask_of_groups(found, pattern, threads)

@@ -131,13 +131,6 @@ class Quantize(Pass):
             tensors[name] = Bitmask.of(codes, tensor.mask) if isinstance(tensor, Bitmask) else codes
         return model.replace(tensors=tensors)
 
-    def describe(self) -> dict[str, Any]:
-        calibration = self.calibration if self.calibration is None or isinstance(self.calibration, str) else "given"
-        return {**replace(self, calibration=None).as_settings(), "calibration": calibration}
-
-    def as_settings(self) -> dict[str, Any]:
-        return super().describe()
-
 
 def is_float(tensor: Tensor) -> bool:
     """Whether a tensor can be int4 and is not quantised yet: a dense one, or single elements."""

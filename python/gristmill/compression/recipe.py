@@ -1,7 +1,7 @@
 """What a pass is, and what it may use."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from math import isfinite
 from pathlib import Path
@@ -80,11 +80,6 @@ class Pass:
             raise ModelError(f"{type(self).__name__} works on a whole model, not on one weight")
         changes: dict[str, Any] = {"names": (literal(name),), "skip": ()}
         return replace(self, **changes)
-
-    def describe(self) -> dict[str, Any]:
-        """Return the settings, for provenance."""
-        settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return {"pass": type(self).__name__, **settings}
 
 
 def targets(model: Model, patterns: Sequence[str], skip: Sequence[str], among: Sequence[str] | None = None) -> list[str]:

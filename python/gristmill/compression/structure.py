@@ -143,11 +143,6 @@ class RemoveHeads(Pass):
                 model = without_heads(model, layers[number], heads)
         return model
 
-    def describe(self) -> dict[str, Any]:
-        given = self.calibration if self.calibration is None or isinstance(self.calibration, str) else "given"
-        heads = None if self.heads is None else {str(layer): list(heads) for layer, heads in dict(self.heads).items()}
-        return {**super(RemoveHeads, replace(self, calibration=None)).describe(), "heads": heads, "calibration": given}
-
     def _scores(self, model: Model, layers: list[EncoderLayer], context: Context) -> list[Array]:
         """Return the scores of the heads of every layer."""
         found = [projections(model, layer) for layer in layers]

@@ -219,9 +219,9 @@ def short(step: Pass) -> str:
         >>> short(Prune(0.8))
         'Prune 0.8 1x4'
     """
-    settings = step.describe()
     if isinstance(step, Prune):
-        return " ".join(map(str, ("Prune", settings["sparsity"] or "", settings["pattern"], *_unusual(step)))).replace("  ", " ")
+        sparsity = dict(step.sparsity) if isinstance(step.sparsity, tuple) else step.sparsity
+        return " ".join(map(str, ("Prune", sparsity or "", step.pattern, *_unusual(step)))).replace("  ", " ")
     if isinstance(step, Quantize):
         return " ".join(("Quantize", step.precision, *_unusual(step)))
     return " ".join((type(step).__name__, *_unusual(step)))
