@@ -23,7 +23,6 @@ def run(model, work, *options):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.skipif(not EXAMPLES.exists(), reason="the examples are not beside the tests")
 def test_an_encoder_is_pruned_in_stages_and_the_run_goes_on_where_it_was(tmp_path):
     pytest.importorskip("tokenizers")
     model = tmp_path / "model"

@@ -14,12 +14,6 @@ LEVELS = ("scalar", "avx2", "avx512")
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
-@pytest.fixture(autouse=True)
-def restore_isa():
-    yield
-    _core.set_isa(None)
-
-
 @pytest.fixture(params=LEVELS)
 def level(request):
     _core.set_isa(request.param)

@@ -10,12 +10,6 @@ LEVELS = ("scalar", "avx2", "avx512")
 M, N, K = 26, 70, 300
 
 
-@pytest.fixture(autouse=True)
-def restore_isa():
-    yield
-    _core.set_isa(None)
-
-
 @pytest.fixture
 def drawn():
     return cases.draw(np.random.default_rng(3), (M, N, K, 3), "float32")

@@ -14,12 +14,6 @@ from kernels.cases import CASES
 LEVELS = ("scalar", "avx2", "avx512")
 
 
-@pytest.fixture(autouse=True)
-def restore_isa():
-    yield
-    _core.set_isa(None)
-
-
 def variants_at(level):
     _core.set_isa(level)
     table = {slot: variant for slot, (variant, _, _) in _core.slots().items()}

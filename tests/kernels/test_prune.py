@@ -9,17 +9,6 @@ from kernels.cases import prune
 LEVELS = ("scalar", "avx2", "avx512")
 
 
-@pytest.fixture(autouse=True)
-def restore_isa():
-    yield
-    _core.set_isa(None)
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(7)
-
-
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("n", [1, 20, 5000, 400_000])
 def test_nan_is_refused(rng, level, n):

@@ -9,17 +9,6 @@ from kernels.cases import sparse
 LEVELS = ("scalar", "avx2", "avx512")
 
 
-@pytest.fixture(autouse=True)
-def restore_isa():
-    yield
-    _core.set_isa(None)
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(7)
-
-
 def block_weight(rng, n=8, k=16, r=1, c=4, density=0.5, int8=False):
     """(Weight, its dense matrix)."""
     offsets, index = sparse.random_blocks(rng, n, k, density, r, c)

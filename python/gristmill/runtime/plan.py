@@ -305,7 +305,11 @@ class Layout:
     @cached_property
     def readers(self) -> dict[str, list[tuple[Node, int]]]:
         """By value: the nodes that read it, and as which input."""
-        return _readers(self.model)
+        readers: dict[str, list[tuple[Node, int]]] = {}
+        for node in self.model.nodes:
+            for index, name in enumerate(node.inputs):
+                readers.setdefault(name, []).append((node, index))
+        return readers
 
     @cached_property
     def resident(self) -> int:
@@ -384,15 +388,6 @@ class Layout:
         used = [b for step in self.steps for b in step.buffers()] + [*self.inputs.values(), *self.outputs.values()]
         self.packs = {arg for step in self.steps for arg in step.args if isinstance(arg, Packed)}
         return place(list({id(b.root): b.root for b in used if not b.external}.values()))
-
-
-def _readers(model: Model) -> dict[str, list[tuple[Node, int]]]:
-    """By value: the nodes that read it, and as which input."""
-    readers: dict[str, list[tuple[Node, int]]] = {}
-    for node in model.nodes:
-        for index, name in enumerate(node.inputs):
-            readers.setdefault(name, []).append((node, index))
-    return readers
 
 
 def _groups(steps: list[Step], inputs: Iterable[Buffer]) -> list[int]:

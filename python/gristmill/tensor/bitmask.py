@@ -10,7 +10,7 @@ from gristmill import _core
 from gristmill.errors import FormatError, ModelError
 from gristmill.tensor.dense import Dense
 from gristmill.tensor.int4 import Int4
-from gristmill.tensor.parts import Array, check_codes, check_scale, frozen, matrix_shape, take, with_gain
+from gristmill.tensor.parts import Array, check_codes, check_scale, frozen, matrix_shape, nibbles, take, with_gain
 from gristmill.tensor.quantized import Quantized
 
 PRECISIONS = {"float32": np.float32, "int8": np.int8, "int4": np.uint8}  # and the dtype of what holds the values
@@ -126,8 +126,7 @@ class Bitmask:
         """The stored values before scales apply: int8 [count], or float32 where they are that."""
         if self.precision != "int4":
             return self.values
-        both = np.stack([self.values & 15, self.values >> 4], axis=-1).reshape(-1)[: self.count]
-        return (both ^ 8).astype(np.int8) - np.int8(8)
+        return (nibbles(self.values)[: self.count] ^ 8).astype(np.int8) - np.int8(8)
 
     @property
     def float_values(self) -> Array:

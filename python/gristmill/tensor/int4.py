@@ -8,7 +8,7 @@ import numpy as np
 
 from gristmill import _core
 from gristmill.errors import FormatError, ModelError
-from gristmill.tensor.parts import Array, frozen, matrix_shape, take
+from gristmill.tensor.parts import Array, frozen, matrix_shape, nibbles, take
 
 LARGEST_GROUP = 131072  # that the kernels sum without overflow
 CHUNK = 1 << 16  # elements searched at a time, whose copies stay in cache
@@ -103,9 +103,7 @@ class Int4:
     def codes(self) -> Array:
         """The codes as int8 [n, k]."""
         n, k = self.matrix_shape
-        halves = self.words.astype("<i4").view(np.uint8)
-        both = np.stack([halves & 15, halves >> 4], axis=-1).reshape(n, -1)
-        return both[:, :k].astype(np.int8) - np.int8(8)
+        return nibbles(self.words.astype("<i4").view(np.uint8)).reshape(n, -1)[:, :k].astype(np.int8) - np.int8(8)
 
     @property
     def view(self) -> _core.Int4Weight:

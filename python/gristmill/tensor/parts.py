@@ -77,3 +77,8 @@ def check_scale(scale: Array, what: str) -> Array:
     if not (np.isfinite(scale).all() and (scale > 0).all()):
         raise FormatError(f"{what}: every scale must be finite and positive")
     return scale
+
+
+def nibbles(halves: Array) -> Array:
+    """Return the halves of bytes, the low one of each first: uint8, twice as many along the last axis."""
+    return np.stack([halves & 15, halves >> 4], axis=-1).reshape(*halves.shape[:-1], -1)
